@@ -1,0 +1,82 @@
+"""What a model of the zoo is: how to build and feed it, and what its config promises.
+
+Sizes are chosen so that no two axes can be told apart by luck alone: batch 3, 11 text tokens (26 patch tokens), hidden 64,
+4 heads of 16, 2 key/value heads, 4 layers, 96 wide MLPs, 99 words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+BATCH, LENGTH, LAYERS = 3, 11, 4
+HIDDEN, HEADS, KV_HEADS, WIDE, VOCAB, POSITIONS = 64, 4, 2, 96, 99, 64
+IMAGE, PATCH = 20, 4
+PATCHES = (IMAGE // PATCH) ** 2
+PAD, BOS, EOS = 1, 97, 98
+
+Attn = Literal["sdpa", "eager"]
+Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """One architecture: how to build it, how to feed it, and what its config says should be found in its graph."""
+
+    name: str
+    make: Callable[[str, int], nn.Module]
+    feed: Callable[[int, int, int, bool], Inputs]
+    dynamic: Callable[[bool], tuple[Any, ...]]
+    family: Literal["encoder", "decoder", "vision", "dual", "audio"]
+    attention_per_layer: int = 1
+    extra_attention: int = 0
+    fixed_tokens: int | None = None
+    causal: bool = False
+    has_cls: bool = False
+    has_mask: bool = True
+    main_output: int = 0
+    token_output: bool = True
+    attns: tuple[Attn, ...] = ("sdpa", "eager")
+
+    def build(self, attn: Attn = "sdpa", layers: int = LAYERS) -> nn.Module:
+        """The model in eval mode, with every parameter (biases and norms too) moved off its initial value by a fixed seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(17)
+            module = self.make(attn, layers).eval()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        return module
+
+    def inputs(self, batch: int = BATCH, length: int = LENGTH, seed: int = 0, padding: bool = False) -> Inputs:
+        """Positional arguments; with `padding` an attention mask is among them and all but the first row hold pads."""
+        if padding and not self.has_mask:
+            raise ValueError(f"{self.name} takes no attention mask")
+        return self.feed(batch, length, seed, padding)
+
+    def token_length(self, length: int = LENGTH) -> int:
+        """How many tokens the layers see."""
+        return length if self.fixed_tokens is None else self.fixed_tokens
+
+    def expected_attention(self, layers: int = LAYERS) -> int:
+        """Softmaxes that the config promises: one a layer and tower, and those of pooling heads."""
+        return layers * self.attention_per_layer + self.extra_attention
+
+    def dynamic_shapes(self, padding: bool = False) -> tuple[Any, ...]:
+        """`torch.export`'s dynamic_shapes for `inputs(padding=padding)`: batch, and length where the model allows it."""
+        return self.dynamic(padding)
+
+
+def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
+    """A model's result as a tuple of tensors."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """max|a-b| / max|expected| over each output, the worst of them."""
+    pairs = zip(outputs_of(actual), outputs_of(expected), strict=True)
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
