@@ -1,1 +1,27 @@
+"""The passes, one file each, and the one tuple that holds their order. Nothing is imported before it is asked for."""
 
+from __future__ import annotations
+
+import importlib
+
+PASSES: tuple[tuple[str, str], ...] = (
+    ("slice-last-token", "slice_last_token:SliceLastToken"),
+    ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
+    ("prune-tokens", "prune_tokens:PruneTokens"),
+)
+"""Name and place of every pass, in their default order."""
+
+EXACT: tuple[str, ...] = ("slice-last-token", "drop-repeat-kv")
+"""What runs when no pipeline is given."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of all passes, in default order."""
+    return tuple(name for name, _ in PASSES)
+
+
+def load_pass(name: str) -> type:
+    """The pass class of that name; KeyError for an unknown one."""
+    module, _, kind = dict(PASSES)[name].partition(":")
+    loaded: type = getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+    return loaded

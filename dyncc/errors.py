@@ -1,0 +1,150 @@
+"""One class per mistake a user can make; each message says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class DynccError(Exception):
+    """Everything dyncc raises on purpose derives from this."""
+
+
+class RefusedError(DynccError):
+    """A pass refused, an engine fell back or a check failed while `strict` was asked for."""
+
+
+class DynccUsageError(DynccError):
+    """A mistake in a text, option, range, path or engine name: always raised, never swallowed.
+
+    A subclass holds its message as `template`; the facts are given by keyword and stay readable on the error.
+
+    >>> str(UnknownEngine(name="tensorrt", near="", known="auto, inductor, reference"))
+    "unknown engine 'tensorrt'; choose one of auto, inductor, reference"
+    """
+
+    template: ClassVar[str] = "{problem}"
+
+    def __init__(self, **facts: object) -> None:
+        self.facts = facts
+        super().__init__(self.template.format(**facts))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.facts)
+
+
+def _rebuild(kind: type[DynccUsageError], facts: dict[str, object]) -> DynccUsageError:
+    return kind(**facts)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The words that suggest what was meant, or nothing.
+
+    >>> near("prune-token", ["prune-tokens", "slice-last-token"])
+    "; did you mean 'prune-tokens'?"
+    >>> near("xyz", ["prune-tokens"])
+    ''
+    """
+    matches = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+    if not matches:
+        return ""
+    return "; did you mean " + " or ".join(repr(match) for match in matches) + "?"
+
+
+class UnknownPass(DynccUsageError):
+    """A pipeline names a pass or recipe that does not exist."""
+
+    template = "unknown pass {name!r}{near} (`dyncc passes` lists all of them)"
+
+
+class DuplicatePass(DynccUsageError):
+    """Two passes or recipes claim one name."""
+
+    template = "the name {name!r} is claimed by {first} and by {second}; rename one of them"
+
+
+class UnknownOption(DynccUsageError):
+    """A pass is given an option it does not have."""
+
+    template = "{owner} has no option {name!r}{near} (its options: {known})"
+
+
+class BadOptionValue(DynccUsageError):
+    """An option's value has the wrong form."""
+
+    template = "{option}={value} is not valid: {problem}"
+
+
+class KeepOutOfRange(DynccUsageError):
+    """`keep` is neither a ratio in (0, 1] nor a count of at least 1."""
+
+    template = "keep={value} is out of range: use a ratio above 0.0 up to 1.0, or a whole number of tokens from 1 up"
+
+
+class LayerOutOfRange(DynccUsageError):
+    """A layer number that the model does not have."""
+
+    template = "layer {layer} is out of range: the model has {count} layers, numbered 0 to {last}"
+
+
+class PipelineSyntaxError(DynccUsageError):
+    """A pipeline text that cannot be read; the message shows the place with a caret."""
+
+    template = "pipeline syntax: {problem} at column {column}\n  {text}\n  {caret}"
+
+    def __init__(self, *, problem: str, text: str, position: int) -> None:
+        shown = "".join(" " if c.isspace() else c for c in text)
+        super().__init__(problem=problem, text=shown, column=position + 1, caret=" " * position + "^")
+        self._given = {"problem": problem, "text": text, "position": position}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self._given)
+
+
+class UnknownEngine(DynccUsageError):
+    """An engine name that dyncc does not know."""
+
+    template = "unknown engine {name!r}{near}; choose one of {known}"
+
+
+class UnknownEvidence(DynccUsageError):
+    """An evidence level that dyncc does not know."""
+
+    template = "unknown evidence {name!r}{near}; choose one of {known}"
+
+
+class ModelNotFound(DynccUsageError):
+    """MODEL names nothing that exists."""
+
+    template = "model {name!r} not found: {problem}"
+
+
+class FactoryRaised(DynccUsageError):
+    """The user's factory, or the module it lives in, raised."""
+
+    template = "{name} raised {error}"
+
+
+class FactoryReturned(DynccUsageError):
+    """The user's factory returned something that is not a model with inputs."""
+
+    template = "{name} returned {got}; return (model, args), (model, args, kwargs) or (model, kwargs)"
+
+
+class NotAPt2(DynccUsageError):
+    """A `.pt2` file that torch.export cannot load, or that holds no example inputs."""
+
+    template = "{path} is not a usable .pt2 program: {problem}"
+
+
+class BadModelDirectory(DynccUsageError):
+    """A folder that transformers cannot load as a model."""
+
+    template = "cannot load a model from folder {path}: {problem}"
+
+
+class OutputNotWritable(DynccUsageError):
+    """A folder or file that dyncc was asked to write to and cannot."""
+
+    template = "cannot write to {path}: {problem}"
