@@ -18,7 +18,8 @@ class RefusedError(DynccError):
 class DynccUsageError(DynccError):
     """A mistake in a text, option, range, path or engine name: always raised, never swallowed.
 
-    A subclass holds its message as `template`; the facts are given by keyword and stay readable on the error.
+    A subclass holds its message as `template`; the facts are given by keyword and stay readable on the error. With no
+    template of its own a class takes its whole message as the one positional argument.
 
     >>> str(UnknownEngine(name="tensorrt", near="", known="auto, inductor, reference"))
     "unknown engine 'tensorrt'; choose one of auto, inductor, reference"
@@ -26,7 +27,9 @@ class DynccUsageError(DynccError):
 
     template: ClassVar[str] = "{problem}"
 
-    def __init__(self, **facts: object) -> None:
+    def __init__(self, problem: str | None = None, /, **facts: object) -> None:
+        if problem is not None:
+            facts["problem"] = problem
         self.facts = facts
         super().__init__(self.template.format(**facts))
 

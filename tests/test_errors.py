@@ -34,6 +34,12 @@ def test_a_missing_fact_is_a_bug_seen_at_once() -> None:
         errors.UnknownPass(name="x")
 
 
+def test_a_class_without_template_takes_its_message() -> None:
+    error = errors.DynccUsageError("no such thing; do {this}")
+    assert str(error) == "no such thing; do {this}"
+    assert error.facts == {"problem": "no such thing; do {this}"}
+
+
 def test_caret_stands_under_the_column() -> None:
     error = errors.PipelineSyntaxError(problem="expected a value", text="a{x=\n}", position=4)
     lines = str(error).splitlines()
