@@ -75,8 +75,8 @@ def _lm(name: str, make: Make, **flags: Any) -> ZooModel:
     return ZooModel(name, make, feed.text_left, feed.dynamic_text, "decoder", causal=True, **flags)
 
 
-def _classifier(name: str, make: Make) -> ZooModel:
-    return ZooModel(name, make, feed.text, feed.dynamic_text, "decoder", causal=True, token_output=False)
+def _classifier(name: str, make: Make, **flags: Any) -> ZooModel:
+    return ZooModel(name, make, feed.text, feed.dynamic_text, "decoder", causal=True, token_output=False, **flags)
 
 
 _HEAD_DIM = HIDDEN // HEADS
@@ -84,14 +84,19 @@ _HEAD_DIM = HIDDEN // HEADS
 DECODERS: tuple[ZooModel, ...] = (
     _lm("gpt2", gpt2),
     _classifier("gpt2-classifier", gpt2_classifier),
-    _lm("llama", _llama_like("Llama")),
-    _classifier("llama-classifier", llama_classifier),
-    _lm("llama-last", llama_last, token_output=False),
+    _lm("llama", _llama_like("Llama"), grouped_heads=True),
+    _classifier("llama-classifier", llama_classifier, grouped_heads=True),
+    _lm("llama-last", llama_last, token_output=False, last_token_only=True, grouped_heads=True),
     _lm("opt", opt),
-    _lm("mistral", _llama_like("Mistral", sliding_window=8)),
-    _lm("qwen2", _llama_like("Qwen2")),
-    _lm("qwen3", _llama_like("Qwen3", head_dim=_HEAD_DIM)),
-    _lm("gemma2", _llama_like("Gemma2", head_dim=_HEAD_DIM, query_pre_attn_scalar=_HEAD_DIM, sliding_window=6), attns=("eager",)),
-    _lm("phi3", _llama_like("Phi3", original_max_position_embeddings=POSITIONS)),
+    _lm("mistral", _llama_like("Mistral", sliding_window=8), grouped_heads=True),
+    _lm("qwen2", _llama_like("Qwen2"), grouped_heads=True),
+    _lm("qwen3", _llama_like("Qwen3", head_dim=_HEAD_DIM), grouped_heads=True),
+    _lm(
+        "gemma2",
+        _llama_like("Gemma2", head_dim=_HEAD_DIM, query_pre_attn_scalar=_HEAD_DIM, sliding_window=6),
+        attns=("eager",),
+        grouped_heads=True,
+    ),
+    _lm("phi3", _llama_like("Phi3", original_max_position_embeddings=POSITIONS), grouped_heads=True),
     _lm("gpt-neox", gpt_neox),
 )

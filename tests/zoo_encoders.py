@@ -49,9 +49,9 @@ def t5_encoder(attn: str, layers: int) -> nn.Module:
 
 def whisper_encoder(attn: str, layers: int) -> nn.Module:
     config = hf.WhisperConfig(
-        vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=layers, encoder_attention_heads=HEADS, encoder_ffn_dim=WIDE,
-        decoder_layers=1, decoder_attention_heads=HEADS, num_mel_bins=8, decoder_start_token_id=2, max_source_positions=13, pad_token_id=PAD,
-        bos_token_id=2, eos_token_id=3, attn_implementation=attn,
+        vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=layers, encoder_attention_heads=HEADS, encoder_ffn_dim=WIDE, decoder_layers=1,
+        decoder_attention_heads=HEADS, num_mel_bins=8, max_source_positions=13, pad_token_id=PAD, bos_token_id=2, eos_token_id=3,
+        decoder_start_token_id=2, attn_implementation=attn,
     )  # fmt: skip
     return AudioModel(hf.WhisperModel(config).encoder)
 

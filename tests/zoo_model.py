@@ -40,6 +40,8 @@ class ZooModel:
     has_mask: bool = True
     main_output: int = 0
     token_output: bool = True
+    last_token_only: bool = False
+    grouped_heads: bool = False
     attns: tuple[Attn, ...] = ("sdpa", "eager")
 
     def build(self, attn: Attn = "sdpa", layers: int = LAYERS) -> nn.Module:
