@@ -1,0 +1,147 @@
+"""The residual spine and the layers on it, by dominators of the dataflow.
+
+Attention regions that share one query axis are a *stack*. A stack's sink is the last node that still carries that axis; the nodes that
+dominate the sink are its spine. Between two spine nodes lie the regions: layer l ends at the spine node that feeds attention l+1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from dyncc.analysis.attention import AttentionRegion
+from dyncc.analysis.axes import Axes, Dim
+from dyncc.ir import ancestors, descendants, is_tensor, op_name, outputs, shape, val
+
+NORMS = {"layer_norm", "rms_norm", "_fused_rms_norm"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Layer `index` of a stack: its attention, the spine node it starts from, the one after its attention, and the one it ends at."""
+
+    index: int
+    attention: AttentionRegion
+    start: fx.Node
+    middle: fx.Node
+    end: fx.Node
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers over one token axis. `dim` is where the token axis stands in the spine nodes; `batch` may be () when it is 1."""
+
+    axis: Dim
+    batch: Dim
+    dim: int
+    layers: tuple[Layer, ...]
+    spine: tuple[fx.Node, ...]
+    sink: fx.Node
+
+
+def find_stacks(graph: fx.Graph, axes: Axes, regions: tuple[AttentionRegion, ...]) -> tuple[tuple[Stack, ...], tuple[str, ...]]:
+    """The stacks of a graph, deepest first, and why any attention stands in none."""
+    groups: dict[Dim, list[AttentionRegion]] = {}
+    misses: list[str] = []
+    for region in regions:
+        axis = axes.dims(region.q)[-2] if axes.dims(region.q) else ()
+        if axis:
+            groups.setdefault(axis, []).append(region)
+        else:
+            misses.append(f"attention {region.index} ({region.out.name}): its query axis has size 1")
+    stacks = []
+    for axis, members in groups.items():
+        found = _stack(graph, axes, axis, members)
+        if isinstance(found, str):
+            misses.append(found)
+        else:
+            stacks.append(found)
+    return tuple(sorted(stacks, key=lambda s: -len(s.layers))), tuple(misses)
+
+
+def _stack(graph: fx.Graph, axes: Axes, axis: Dim, members: list[AttentionRegion]) -> Stack | str:
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    reach = descendants(members[-1].out)
+    live = ancestors(n for n in outputs(graph) if isinstance(n, fx.Node))
+    carrying = [n for n in reach if n in live and n.op == "call_function" and len(axes.places(n, axis)) == 1 and val(n).is_floating_point()]
+    if not carrying:
+        return f"attention {members[0].index}: no node after the last attention carries its token axis"
+    sink = max(carrying, key=lambda n: order[n])
+    inside = ancestors([sink]) - {r.mask for r in members}
+    failures: list[str] = []
+    for source in _sources(inside, order):
+        chain = _dominators(source, sink, inside)
+        spine = [n for n in sorted(chain, key=lambda n: order[n]) if n.op == "call_function" and len(axes.places(n, axis)) == 1]
+        found = _layers(axes, axis, members, spine, sink, order)
+        if isinstance(found, Stack):
+            return found
+        failures.append(found)
+    return failures[0] if failures else f"attention {members[0].index}: no input reaches it"
+
+
+def _sources(inside: set[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
+    """The inputs that activations may flow from, those that reach most first."""
+    roots = [n for n in inside if n.op == "placeholder" and is_tensor(n) and n.meta.get("role") == "input"]
+    return sorted(roots, key=lambda n: (-len(descendants(n) & inside), order[n]))
+
+
+def _dominators(source: fx.Node, sink: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that every path from one input to the sink goes through."""
+    reach = descendants(source) & inside
+    flow = nx.DiGraph()
+    flow.add_node(source)
+    for node in reach:
+        flow.add_edges_from((n, node) for n in node.all_input_nodes if is_tensor(node) and (n in reach or n is source))
+    if sink not in flow or not nx.has_path(flow, source, sink):
+        return set()
+    tree = nx.immediate_dominators(flow.subgraph(nx.descendants(flow, source) | {source}), source)
+    chain, node = set(), sink
+    while node is not None and node is not source:
+        chain.add(node)
+        node = tree[node]
+    return chain
+
+
+def _layers(axes: Axes, axis: Dim, members: list[AttentionRegion], spine: list[fx.Node], sink: fx.Node, order: dict[fx.Node, int]) -> Stack | str:
+    width = {}
+    starts: list[fx.Node] = []
+    for region in members:
+        before = ancestors([region.q, region.k, region.v])
+        feeding = [n for n in spine if n in before]
+        if not feeding:
+            return f"attention {region.index}: no residual spine node feeds it"
+        starts.append(feeding[-1])
+    for s in starts:
+        width[s] = shape(s)
+    after = [[n for n in spine if order[n] > order[r.out] and n in descendants(r.out)] for r in members]
+    if any(not a for a in after):
+        return f"attention {next(r.index for r, a in zip(members, after, strict=True) if not a)}: it does not return to the residual spine"
+    last = _last_residual(after[-1], starts[-1])
+    ends = [*starts[1:], last]
+    layers = tuple(
+        Layer(i, region, start, _middle(follow, end, order), end)
+        for i, (region, start, follow, end) in enumerate(zip(members, starts, after, ends, strict=True))
+    )
+    dims = axes.dims(starts[-1])
+    place = axes.places(starts[-1], axis)[0]
+    others = [d for i, d in enumerate(dims) if i < place]
+    batch = others[0] if len(others) == 1 else ()
+    return Stack(axis, batch, place, layers, tuple(spine), sink)
+
+
+def _last_residual(after: list[fx.Node], start: fx.Node) -> fx.Node:
+    """Where the last layer ends: the last residual add behind its attention; with post-norm, the norm that follows it."""
+    adds = [n for n in after if op_name(n) in ("add", "add_") and len([m for m in n.all_input_nodes if is_tensor(m)]) > 1 and shape(n) == shape(start)]
+    if not adds:
+        return after[0]
+    if op_name(start) in NORMS:
+        behind = after[after.index(adds[-1]) :]
+        return next((n for n in behind if op_name(n) in NORMS), adds[-1])
+    return adds[-1]
+
+
+def _middle(follow: list[fx.Node], end: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    inside = [n for n in follow if order[n] <= order[end]]
+    return inside[0] if inside else end

@@ -1,0 +1,111 @@
+"""Canonical form: one spelling for what capture spells in several ways, so that rules and matchers see few forms.
+
+Exact and local: assertions, no-op conversions, whole slices and evaluation-time dropout go; `addmm` becomes `linear`; einsum is written
+out; inlined grad-mode regions of an inference export lose their wrapper.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from dyncc.ir import argument, aten, drop_dead, emit, is_mutating, is_tensor, op_name, outputs, same_size, shape
+
+HIGHER_ORDER = torch.ops.higher_order
+
+
+def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
+    """Rewrite a freshly captured graph in place. `inference` allows grad-mode regions to be inlined."""
+    graph = module.graph
+    if inference:
+        _inline_grad_regions(module)
+    mutated = any(is_mutating(n) for n in graph.nodes)
+    returned = {n for n in outputs(graph) if isinstance(n, fx.Node)}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if op_name(node) in ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size") and inference:
+            graph.erase_node(node)
+        elif node not in returned and (source := _same_as(node, mutated)) is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif node.target is aten.addmm.default and argument(node, "beta", 1) == 1 and argument(node, "alpha", 1) == 1:
+            _replace(node, lambda b, x, w: aten.linear.default(x, w.t(), b))
+        elif node.target is aten.einsum.default:
+            _replace(node, _einsum(node))
+    drop_dead(graph)
+    graph.lint()
+    module.recompile()
+
+
+def _replace(node: fx.Node, function) -> None:  # type: ignore[no-untyped-def]
+    tensors: list[fx.Node] = []
+    fx.node.map_arg(node.args, lambda n: tensors.append(n) or n)
+    if node.target is aten.addmm.default and len(shape(tensors[0])) != 1:
+        return
+    new = emit(node, function, *tensors)
+    new.meta = {**node.meta, "val": new.meta["val"]}
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _einsum(node: fx.Node):  # type: ignore[no-untyped-def]
+    equation = node.args[0]
+    return lambda *tensors: aten.einsum.default.decompose(equation, list(tensors))
+
+
+def _same_as(node: fx.Node, mutated: bool) -> fx.Node | None:
+    """The operand that the node returns unchanged, or None."""
+    name = op_name(node)
+    source = node.args[0] if node.args else None
+    if not is_tensor(node) or not isinstance(source, fx.Node) or not is_tensor(source):
+        return None
+    before, after = source.meta["val"], node.meta["val"]
+    if name == "dropout" and not argument(node, "train", False):
+        return source
+    if name in ("to", "_to_copy", "type_as"):
+        same = before.dtype == after.dtype and before.device == after.device
+        return source if same and name != "_to_copy" and not argument(node, "copy", False) else None
+    if name in ("alias", "detach") and not mutated and not before.requires_grad:
+        return source
+    if name == "slice" and argument(node, "step", 1) == 1:
+        dim = argument(node, "dim", 0)
+        return source if same_size(before.shape[dim], after.shape[dim]) and not mutated else None
+    if name in ("view", "reshape", "expand") and not mutated and len(shape(source)) == len(shape(node)):
+        return source if all(same_size(a, b) for a, b in zip(shape(source), shape(node), strict=True)) else None
+    if name == "contiguous" and before.is_contiguous() and not mutated:
+        return source
+    return None
+
+
+def _inline_grad_regions(module: fx.GraphModule) -> None:
+    """Replace wrap_with_set_grad_enabled / disabled-autocast calls by their bodies: under inference they change nothing."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is HIGHER_ORDER.wrap_with_set_grad_enabled:
+            body, args = node.args[1], node.args[2:]
+        elif node.target is HIGHER_ORDER.wrap_with_autocast and node.args[2] is False:
+            body, args = node.args[4], node.args[5:]
+        else:
+            continue
+        sub = getattr(module, str(body.target))
+        _inline_grad_regions(sub)
+        result = _inline(node, sub, args)
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(result[user.args[1]])
+                graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _inline(node: fx.Node, sub: fx.GraphModule, args) -> list:  # type: ignore[no-untyped-def,type-arg]
+    env = dict(zip([n for n in sub.graph.nodes if n.op == "placeholder"], args, strict=True))
+    with node.graph.inserting_before(node):
+        for n in sub.graph.nodes:
+            if n.op == "output":
+                return list(fx.node.map_arg(n.args[0], lambda a: env[a]))
+            if n.op != "placeholder":
+                env[n] = node.graph.node_copy(n, lambda a: env[a])
+    raise AssertionError("a graph without an output node")

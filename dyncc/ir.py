@@ -1,0 +1,255 @@
+"""The one IR: a pre-dispatch ATen FX graph whose placeholders are the parameters, buffers, constants and inputs of a model.
+
+Both doors end here. The graph is flat: it takes the tensors (and symbolic sizes) listed in `Program.inputs`, in order, and returns one
+tuple. Every node carries its fake value in `meta["val"]`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder: `kind` is "parameter", "buffer", "constant", "input" or "size"; `name` is what the user calls it."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model. `door` is 1 (torch.compile) or 2 (offline); `needs_grad` says that gradients will be asked for."""
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    door: int
+    needs_grad: bool = False
+    dropped: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def copy(self) -> Program:
+        """A program whose graph can be edited without touching this one; fake values are shared."""
+        graph = fx.Graph()
+        copied = graph.graph_copy(self.graph, val_map := {})
+        if not any(n.op == "output" for n in graph.nodes):
+            graph.output(copied)
+        old, new = output_node(self.graph), output_node(graph)
+        new.meta = dict(old.meta)
+        for a, b in val_map.items():
+            b.meta = dict(a.meta)
+        return replace(self, module=fx.GraphModule(self.module, graph))
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    """The values that the graph returns, in order (nodes or constants)."""
+    returned = output_node(graph).args[0]
+    return list(returned) if isinstance(returned, (tuple, list)) else [returned]
+
+
+def val(node: Any) -> Any:
+    """The fake value of a node; anything else is returned as it is."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a tensor node, or of the first tensor that a tuple-valued node holds; () for anything else."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
+        value = value[0]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def op_name(node: fx.Node) -> str:
+    """The op's bare name: "linear", "scaled_dot_product_attention", "getitem"."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    return getattr(target, "__name__", str(target))
+
+
+def is_mutating(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether dropping the node could change what a caller sees."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if is_mutating(node):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.name == "aten::_assert_async"
+    return node.is_impure()
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(is_impure_node=is_effect)
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The node's node arguments in order of appearance, repeats kept: a position in this list is a *slot*."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    return found
+
+
+def replace_operands(node: fx.Node, by_slot: dict[int, fx.Node]) -> None:
+    """Put other nodes into some slots of a node."""
+    counter = iter(range(1 << 30))
+    node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: by_slot.get(next(counter), n))
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen call by its schema name, wherever it stands; the schema's default otherwise."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if isinstance(node.target, torch._ops.OpOverload):
+        for i, arg in enumerate(node.target._schema.arguments):
+            if arg.name == name:
+                return node.args[i] if i < len(node.args) else arg.default_value if arg.has_default_value() else default
+    return default
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def refresh(node: fx.Node) -> None:
+    """Recompute a node's fake value from its arguments' fake values."""
+    mode = fake_mode_of(node.graph)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def emit(before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
+    """Trace `function` on the fake values of `args` and insert its ops before a node; returns the node(s) of its result.
+
+    `args` may be nodes or plain values; plain values reach the function as they are.
+    """
+    graph = before.graph
+    nodes = [a for a in args if isinstance(a, fx.Node)]
+
+    def on_values(*values: Any) -> Any:
+        stream = iter(values)
+        return function(*[next(stream) if isinstance(a, fx.Node) else a for a in args])
+
+    mode = fake_mode_of(graph)
+    values = [n.meta["val"] for n in nodes]
+    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+        traced = make_fx(on_values, tracing_mode="real", pre_dispatch=True)(*values)
+    env: dict[fx.Node, Any] = {}
+    stream = iter(nodes)
+    result: Any = None
+    with graph.inserting_before(before):
+        for n in traced.graph.nodes:
+            if n.op == "placeholder":
+                env[n] = next(stream)
+            elif n.op == "output":
+                result = fx.node.map_arg(n.args[0], lambda a: env[a])
+            elif n.op == "get_attr":
+                env[n] = constant(before, getattr(traced, str(n.target)))
+            elif n.target is not aten.detach.default:
+                env[n] = graph.node_copy(n, lambda a: env[a])
+            else:
+                env[n] = env[n.args[0]]
+    return result
+
+
+def constant(before: fx.Node, tensor: torch.Tensor) -> fx.Node:
+    """A small constant tensor, spelled as `aten.full` when it is a scalar (constants are never hidden in attributes)."""
+    if tensor.numel() != 1:
+        raise ValueError("emitted code may hold scalar constants only")
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(aten.full.default, (list(tensor.shape), tensor.item()), {"dtype": tensor.dtype, "device": tensor.device})
+    refresh(node)
+    return node
+
+
+def hoist(node: fx.Node, before: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Move a node and whatever it needs in front of `before` (the caller has checked that it does not depend on it)."""
+    if order[node] < order[before] or node.op == "placeholder":
+        return
+    for n in node.all_input_nodes:
+        hoist(n, before, order)
+    before.prepend(node)
+    order[node] = order[before] - 1
+
+
+def descendants(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that these depend on, themselves included."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def source_line(node: fx.Node) -> str:
+    """Where in the user's code the node comes from, as `file:line`; empty when unknown."""
+    lines = [x.strip() for x in (node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File ")]
+    if not lines:
+        return ""
+    parts = lines[-1].split(", ")
+    return f"{parts[0][6:-1].rsplit('/', 1)[-1]}:{parts[1].removeprefix('line ')}"
+
+
+def is_symbolic(size: Any) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are provably equal; adds no guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    ea = a.node.expr if isinstance(a, torch.SymInt) else a
+    eb = b.node.expr if isinstance(b, torch.SymInt) else b
+    return bool(ea == eb)
+
+
+def hint(size: Any) -> int:
+    """The size in the example inputs."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+GETITEM = operator.getitem
