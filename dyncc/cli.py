@@ -165,7 +165,7 @@ def _print(value: Any) -> int:
         return DONE
     from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(value)
+    Console(width=None if sys.stdout.isatty() else 200).print(value)
     return DONE
 
 

@@ -11,7 +11,9 @@ from dyncc.catalogue import PassInfo
 
 def passes_table(passes: Iterable[PassInfo]) -> Table:
     """One row a name: what it is, what it does, its options with their defaults."""
-    table = Table("name", "kind", "does", "options", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("name", "kind", "does", "options"):
+        table.add_column(heading, no_wrap=heading in ("name", "kind"), ratio=None if heading in ("name", "kind") else 1)
     for info in passes:
         options = " ".join(f"{option.name}={option.default}" for option in info.options)
         words = info.summary if not info.citation else f"{info.summary} [{info.needs}; {info.citation}]"
