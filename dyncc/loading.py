@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dyncc.errors import BadModelDirectory, FactoryRaised, FactoryReturned, ModelNotFound, NotAPt2, near
+from dyncc.errors import FactoryRaised, FactoryReturned, ModelNotFound, NotAPt2, near
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import types
@@ -20,7 +21,7 @@ from dyncc.errors import BadOptionValue, DynccUsageError, KeepOutOfRange, LayerO
 ENGINES = ("auto", "inductor", "reference")
 EVIDENCE = ("off", "numeric", "timed")
 
-Keep = Annotated[Union[int, float, tuple[Union[int, float], ...]], "keep"]
+Keep = Annotated[int | float | tuple[int | float, ...], "keep"]
 """How many rows stay: a float up to 1.0 is a ratio, an integer a count, a tuple one of these per layer."""
 
 _WORD = re.compile(r"[^\s{}=,]+(,[^\s{}=,]+)*")
@@ -51,7 +52,7 @@ class Layers:
         kinds = {type(place) for place in places}
         if len(kinds) > 1:
             raise BadOptionValue(option="layers", value=self.text, problem="use layer numbers or percentages, not both")
-        if any(b <= a for a, b in zip(places, places[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(places)):
             raise BadOptionValue(option="layers", value=self.text, problem="layers must rise from left to right")
         return tuple(places)
 
@@ -103,7 +104,7 @@ def check_keep(keep: Keep, layers: Layers | None = None) -> None:
     each = keep if isinstance(keep, tuple) else (keep,)
     for value in each:
         right = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not right or (isinstance(value, float) and not 0.0 < value <= 1.0) or value < 1 and isinstance(value, int):
+        if not right or (isinstance(value, float) and not 0.0 < value <= 1.0) or (value < 1 and isinstance(value, int)):
             raise KeepOutOfRange(value=show(value))
     if not each or (layers is not None and len(each) > 1 and len(each) != len(layers)):
         wanted = f"{len(layers)} layers" if layers is not None else "layers"
@@ -162,7 +163,7 @@ _CONVERTERS: dict[Any, Callable[[str, str], Any]] = {
 
 
 @functools.cache
-def types_of(kind: type) -> dict[str, Any]:
+def types_of(kind: Any) -> dict[str, Any]:
     """Option name -> declared type of a pass class; names that start with `_` are no options."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init and field.name[0] != "_"}

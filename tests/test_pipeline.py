@@ -139,14 +139,14 @@ def test_any_calls_print_and_parse_back(given_calls: list[pipeline.Call]) -> Non
 def test_any_text_parses_or_is_a_syntax_error(text: str) -> None:
     try:
         parsed = pipeline.parse(text)
-    except errors.PipelineSyntaxError as error:
-        assert str(error).splitlines()[2].endswith("^")
-    else:
-        assert pipeline.parse(pipeline.unparse(parsed)) == parsed
+    except errors.PipelineSyntaxError:
+        return
+    assert pipeline.parse(pipeline.unparse(parsed)) == parsed
 
 
 keeps = st.floats(0.01, 1.0) | st.integers(2, 5000)
-layer_lists = st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True).map(lambda found: Layers(options.show(tuple(sorted(found)))))
+rising = st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True).map(sorted)
+layer_lists = rising.map(lambda found: Layers(options.show(tuple(found))))
 prunes = st.builds(Prune, keep=keeps, layers=layer_lists, score=st.sampled_from(SCORES), fuse=st.booleans(), window=st.integers(-5, 99))
 
 

@@ -1,0 +1,46 @@
+"""`python tests/summary.py build/full.xml`: the result of a pytest run as a Markdown table, one row a test file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from pathlib import Path
+
+OUTCOMES = ("failure", "error", "skipped")
+
+
+def counts(junit: Path) -> tuple[dict[str, Counter[str]], dict[str, float]]:
+    """Per test file: how many passed, failed or were skipped, and the seconds."""
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    seconds: dict[str, float] = defaultdict(float)
+    for case in ElementTree.parse(junit).iter("testcase"):
+        file = case.get("classname", "").split(".")[-1] or case.get("name", "")
+        outcome = next((kind for kind in OUTCOMES if case.find(kind) is not None), "passed")
+        outcomes[file]["failed" if outcome in ("failure", "error") else outcome] += 1
+        seconds[file] += float(case.get("time", 0))
+    return outcomes, seconds
+
+
+def table(junit: Path) -> str:
+    """The table, with a line of totals."""
+    outcomes, seconds = counts(junit)
+    lines = ["| file | passed | failed | skipped | seconds |", "|---|---|---|---|---|"]
+    for file in sorted(outcomes):
+        found = outcomes[file]
+        lines.append(f"| {file} | {found['passed']} | {found['failed']} | {found['skipped']} | {seconds[file]:.0f} |")
+    total: Counter[str] = sum(outcomes.values(), Counter())
+    whole = sum(seconds.values())
+    lines.append(f"| **all** | {total['passed']} | {total['failed']} | {total['skipped']} | {whole:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    print(f"# The last full run\n\nPython {platform.python_version()}, {versions}.\n\n{table(Path(sys.argv[1]))}")
+
+
+if __name__ == "__main__":
+    main()
