@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def counts(junit: Path) -> tuple[dict[str, Counter[str]], dict[str, float]]:
     """Per test file: how many passed, failed or were skipped, and the seconds."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: dict[str, float] = defaultdict(float)
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in ET.parse(junit).iter("testcase"):
         file = case.get("classname", "").split(".")[-1] or case.get("name", "")
         outcome = next((kind for kind in OUTCOMES if case.find(kind) is not None), "passed")
         outcomes[file]["failed" if outcome in ("failure", "error") else outcome] += 1

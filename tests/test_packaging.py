@@ -25,9 +25,11 @@ STAGES = (
     ("rewrite", ("rewrite", "restrict", "masked", "passes", "pipeline", "catalogue")),
     ("backends", ("kernels", "backends")),
 )
-FAMILIES = set(
-    ["bert", "roberta", "distilbert", "vit", "deit", "dinov2", "siglip", "gpt", "gpt2", "llama", "opt", "mistral", "mixtral", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gptneox", "neox", "t5", "whisper", "smollm", "smollm2", "minilm", "falcon", "bloom"]
-)
+FAMILIES = {
+    "bert", "roberta", "distilbert", "vit", "deit", "dinov2", "siglip", "gpt", "gpt2", "llama", "opt", "mistral",
+    "mixtral", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gptneox", "neox", "t5", "whisper", "smollm",
+    "smollm2", "minilm", "falcon", "bloom",
+}
 MAY_NAME_MODELS = {"dyncc/demo.py", "dyncc/models.py"}
 
 
