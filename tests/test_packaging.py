@@ -20,10 +20,11 @@ ROOMS = {"dyncc": "dyncc", "dyncc.passes": "passes", "dyncc.kernels": "kernels",
 # Stage -> what belongs to it; a stage imports its own and earlier ones. What is not listed may import everything.
 STAGES = (
     ("base", ("errors", "options", "outputs", "verdicts")),
+    ("kernels", ("kernels",)),
     ("capture", ("ir", "capture", "canonical")),
     ("analysis", ("analysis", "flops")),
     ("rewrite", ("rewrite", "restrict", "masked", "passes", "pipeline", "catalogue")),
-    ("backends", ("kernels", "backends")),
+    ("backends", ("backends",)),
 )
 FAMILIES = {
     "bert", "roberta", "distilbert", "vit", "deit", "dinov2", "siglip", "gpt", "gpt2", "llama", "opt", "mistral",
