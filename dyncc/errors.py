@@ -88,7 +88,7 @@ class KeepOutOfRange(DynccUsageError):
 class LayerOutOfRange(DynccUsageError):
     """A layer number that the model does not have."""
 
-    template = "layer {layer} is out of range: the model has {count} layers, numbered 0 to {last}"
+    template = "layer {layer} is out of range: the model's {count} layers are numbered 0 to {last}"
 
 
 class PipelineSyntaxError(DynccUsageError):

@@ -23,10 +23,22 @@ ROOT = Path(cli.__file__).resolve().parents[1]
 FACTORY = """
     import torch
 
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+            self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            rows = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + self.out(rows.transpose(1, 2).reshape(x.shape))
+            return x + self.down(torch.relu(self.up(x)))
+
     def make():
         print("loading")
-        layer = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0)
-        return torch.nn.Sequential(layer), (torch.ones(1, 4, 8),)
+        torch.manual_seed(0)
+        return torch.nn.Sequential(Layer(), Layer()), (torch.randn(1, 6, 8),)
     def raises(): raise ValueError("no weights here")
     def wrong(): return 3
 """
@@ -65,7 +77,7 @@ BAD = {
     "keep": (["explain", MODEL, "--passes", "prune-tokens{keep=1.5}"], "keep=1.5 is out of range: use a ratio above 0.0"),
     "layer": (
         ["explain", MODEL, "--passes", "prune-tokens{layers=7 score=hidden-norm}", "--engine", "reference", "--evidence", "off"],
-        "layer 7 is out of range: the model has 1 layers, numbered 0 to 0",
+        "layer 7 is out of range: the model's 2 layers are numbered 0 to 1",
     ),
     "model path": (["explain", "no/such/model"], "model 'no/such/model' not found: no such file or folder"),
     "factory raises": (["explain", "factory_of_cli:raises"], "factory 'factory_of_cli:raises' raised ValueError: no weights here"),

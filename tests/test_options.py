@@ -100,7 +100,7 @@ def test_layers_resolve_against_the_depth() -> None:
     assert Layers(" 3 , 6 ").resolve(7) == (3, 6)
     assert Layers("25%,50%,75%,100%").resolve(30) == (7, 15, 22, 29)
     assert len(Layers("2:11:3")) == 3
-    with pytest.raises(errors.LayerOutOfRange, match="layer 13 is out of range: the model has 6 layers, numbered 0 to 5"):
+    with pytest.raises(errors.LayerOutOfRange, match="layer 13 is out of range: the model's 6 layers are numbered 0 to 5"):
         Layers("2,13").resolve(6)
 
 
