@@ -14,6 +14,7 @@ import torch
 
 from dyncc import pipeline, quality
 from dyncc.bench_result import BenchResult, environment, rewrite_rows
+from dyncc.options import check_engine, check_evidence
 from dyncc.timing import Progress, paired
 
 Build = Callable[[], Callable[..., Any]]
@@ -92,6 +93,8 @@ def bench(
     if door not in (1, 2):
         raise ValueError(f"door={door}: choose 1 (torch.compile) or 2 (dyncc.optimize)")
     pipeline.build(passes)
+    check_engine(engine)
+    check_evidence(evidence)
     kwargs = dict(kwargs or {})
     options = {"passes": passes, "engine": engine, "evidence": evidence, "dynamic_shapes": dynamic_shapes}
     ours = DynccVariant(model, args, kwargs, door, options)
@@ -116,6 +119,7 @@ def bench(
         fallbacks=[report.fallback for report in reports if report.fallback],
         flops=_flops(reports),
         own=_own_seconds(reports),
+        cached=any(report.cached for report in reports),
         environment=environment(),
         runs={name: variant.run for name, variant in variants.items() if name in timings.seconds and variant.run is not None},
     )

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from dyncc.timing import Ratio, Timings
 
-LOWERING = frozenset({"engine", "timed"})
-"""Stages whose seconds are not dyncc's own: they are the engine's code generation, dense or rewritten."""
+OWN = ("capture", "analysis", "passes", "evidence")
+"""Stages whose seconds are dyncc's own; the others are the engine's code generation, dense or rewritten."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class BenchResult:
     fallbacks: list[str]
     flops: dict[str, int]
     own: dict[str, float]
+    cached: bool
     environment: dict[str, Any]
     runs: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -47,7 +48,7 @@ class BenchResult:
     @property
     def own_seconds(self) -> float:
         """Seconds of capture, analyses, passes and numeric evidence."""
-        return sum(seconds for stage, seconds in self.own.items() if stage not in LOWERING)
+        return sum(seconds for stage, seconds in self.own.items() if stage in OWN)
 
     @property
     def own_share(self) -> float | None:
@@ -72,6 +73,7 @@ class BenchResult:
             "flops": self.flops,
             "own_seconds": self.own_seconds,
             "own_stages": self.own,
+            "evidence_was_stored": self.cached,
             "own_share_of_inductor_first_call": self.own_share,
             "environment": self.environment,
         }
@@ -107,7 +109,8 @@ class BenchResult:
             lines.append("FLOPs a call: " + ", ".join(f"{name} {value / 1e9:.2f} G" for name, value in self.flops.items()))
         if self.own:
             share = f" = {self.own_share:.0%} of plain Inductor's first call" if self.own_share is not None else ""
-            lines.append(f"dyncc's own time: {self.own_seconds:.1f} s{share}")
+            stored = " (numeric evidence was stored by an earlier run)" if self.cached else ""
+            lines.append(f"dyncc's own time: {self.own_seconds:.1f} s{share}{stored}")
         return lines
 
 

@@ -98,7 +98,7 @@ def _details(finding: Finding) -> str:
 def _flops(counted: dict[str, int]) -> str:
     """Dense FLOPs and what is left of them.
 
-    >>> _flops({"dense": 4_000_000_000, "rewritten": 1_000_000_000})
+    >>> _flops({"dense": 4_000_000_000, "now": 1_000_000_000})
     '4.0 G -> 1.0 G'
     """
     if not counted:

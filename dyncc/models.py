@@ -88,6 +88,7 @@ def load_minilm(dtype: torch.dtype = torch.float32, attn: str = "sdpa") -> tuple
     folder = MINILM.path().parent
     model = transformers.AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attn, local_files_only=True)
     model.pooler = None  # sentence embeddings are means over the tokens
+    _into_memory(model)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -121,7 +122,14 @@ def _transformers() -> Any:
 def _load_decoder(folder: Path, dtype: torch.dtype, attn: str) -> tuple[Any, Any]:
     transformers = _transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn, local_files_only=True)
+    _into_memory(model)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _into_memory(model: torch.nn.Module) -> None:
+    """Copy the weights out of the mapped file: pages that the system drops and reads again would end up in timings."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _fill_atomically(folder: Path, source: Path) -> None:

@@ -97,10 +97,11 @@ def _first_calls(name: str, call: Callable[[], Any], warmup: int, timings: Timin
         timings.first[name] = _timed(call)
         for _ in range(warmup):
             _timed(call)
-    except DynccUsageError:
-        raise
     except Exception as error:
-        timings.failures[name] = reason(error)
+        cause = getattr(error, "inner_exception", error)  # torch.compile wraps what a backend raises
+        if isinstance(cause, DynccUsageError):
+            raise cause from error
+        timings.failures[name] = reason(cause)
         timings.first.pop(name, None)
         return False
     _tell(progress, f"first call: {name}", 1, 1)

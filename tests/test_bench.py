@@ -125,6 +125,18 @@ def test_a_usage_error_is_raised() -> None:
         paired({"dyncc": misused})
 
 
+def test_what_a_backend_raised_is_named_without_its_wrapping() -> None:
+    def compiled(error: Exception) -> None:
+        wrapped = RuntimeError("backend='dyncc' raised:")
+        wrapped.inner_exception = error  # type: ignore[attr-defined]
+        raise wrapped
+
+    timings = paired({"broken": lambda: compiled(KeyError("no such node"))})
+    assert timings.failures == {"broken": "KeyError: 'no such node'"}
+    with pytest.raises(DynccUsageError, match="layer 99"):
+        paired({"dyncc": lambda: compiled(DynccUsageError(problem="layer 99 is out of range"))})
+
+
 def test_paired_tells_its_progress() -> None:
     told: list[tuple[str, int, int]] = []
     paired({"a": lambda: None}, pairs=2, warmup=0, progress=lambda *step: told.append(step))
@@ -167,8 +179,13 @@ def test_a_mistake_in_the_pipeline_is_raised_before_anything_runs() -> None:
         bench(Small(), (torch.randn(4, 8),), passes="prune-token", pairs=1)
 
 
+def test_an_unknown_engine_is_raised_before_anything_runs() -> None:
+    with pytest.raises(DynccUsageError, match="inductr"):
+        bench(Small(), (torch.randn(4, 8),), passes="", engine="inductr", pairs=1)
+
+
 def test_own_time_is_a_share_of_inductors_first_call() -> None:
-    result = _result(first={"inductor": 20.0, "dyncc": 25.0}, own={"capture": 2.0, "passes": 1.0, "evidence": 1.0, "engine": 18.0})
+    result = _result(first={"inductor": 20.0, "dyncc": 25.0}, own={"capture": 2.0, "passes": 1.0, "evidence": 1.0, "lowering": 18.0})
     assert result.own_seconds == 4.0 and result.own_share == 0.2
     assert "dyncc's own time: 4.0 s = 20% of plain Inductor's first call" in str(result)
 
@@ -192,4 +209,4 @@ def test_rewrites_are_shown_applied_or_refused() -> None:
 def _result(first: dict[str, float] | None = None, own: dict[str, float] | None = None, rewrites: Any = ()) -> BenchResult:
     first = first or {"inductor": 1.0, "dyncc": 1.0}
     timings = Timings(seconds={name: [1.0, 1.0] for name in first}, first=first)
-    return BenchResult("a model", None, 1, "inductor", 2, timings, {}, list(rewrites), [], {"dense": 2 * 10**9}, own or {}, {})
+    return BenchResult("a model", None, 1, "inductor", 2, timings, {}, list(rewrites), [], {"dense": 2 * 10**9}, own or {}, False, {})

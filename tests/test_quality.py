@@ -81,8 +81,8 @@ def test_embedding_cosines_take_the_mean_and_the_worst() -> None:
 
 def test_the_demo_states_quality_beside_speed(tmp_path: Path) -> None:
     timings = Timings(seconds={"inductor": [0.2, 0.2], "dyncc": [0.1, 0.1]}, first={"inductor": 9.0, "dyncc": 8.0})
-    flops = {"dense": 4 * 10**9, "rewritten": 10**9}
-    result = BenchResult("pruned", "evit", 2, "inductor", 2, timings, {"dyncc": {"cosine": 0.9}}, [], [], flops, {}, {})
+    flops = {"dense": 4 * 10**9, "now": 10**9}
+    result = BenchResult("pruned", "evit", 2, "inductor", 2, timings, {"dyncc": {"cosine": 0.9}}, [], [], flops, {}, False, {})
     finding = Finding("an encoder", "256 tokens", result, {"passages": 8, "mean_cosine": 0.97, "smallest_cosine": 0.91})
     report, data = write_report(tmp_path / "out", [finding], {"threads": 2}, 12.0)
     row = "| an encoder | 256 tokens | 200.0 ms | 100.0 ms | 2.00 [2.00, 2.00] | 4.0 G -> 1.0 G | "
@@ -93,5 +93,5 @@ def test_the_demo_states_quality_beside_speed(tmp_path: Path) -> None:
 
 def test_the_demo_says_when_a_side_failed() -> None:
     timings = Timings(seconds={"inductor": [0.2]}, first={"inductor": 9.0}, failures={"dyncc": "RuntimeError: no"})
-    finding = Finding("a", "b", BenchResult("a", None, 1, "inductor", 1, timings, {}, [], [], {}, {}, {}))
+    finding = Finding("a", "b", BenchResult("a", None, 1, "inductor", 1, timings, {}, [], [], {}, {}, False, {}))
     assert finding.row()[3:6] == ("failed", "-", "-")
