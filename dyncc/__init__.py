@@ -1,1 +1,40 @@
+"""dyncc: a compiler that makes existing transformer models do less work for easy inputs."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dyncc.catalogue import PassInfo, list_passes
+    from dyncc.errors import DynccError, DynccUsageError, RefusedError
+    from dyncc.report import Region, Report, Rewrite, reports
+    from dyncc.runtime import Optimized, explain, optimize
+
+_PLACES = {
+    "DynccError": "errors",
+    "DynccUsageError": "errors",
+    "RefusedError": "errors",
+    "Optimized": "runtime",
+    "PassInfo": "catalogue",
+    "Region": "report",
+    "Report": "report",
+    "Rewrite": "report",
+    "explain": "runtime",
+    "list_passes": "catalogue",
+    "optimize": "runtime",
+    "reports": "report",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "DynccError", "DynccUsageError", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite", "explain", "list_passes", "optimize",
+    "reports",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used: importing dyncc alone is fast."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'dyncc' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dyncc.{_PLACES[name]}"), name)

@@ -151,3 +151,15 @@ class OutputNotWritable(DynccUsageError):
     """A folder or file that dyncc was asked to write to and cannot."""
 
     template = "cannot write to {path}: {problem}"
+
+
+class UnknownSetting(DynccUsageError):
+    """An option of torch.compile's `options` that dyncc does not know."""
+
+    template = "unknown option {name!r} for backend \"dyncc\"{near} (known: {known})"
+
+
+class InputMismatch(DynccUsageError):
+    """A call of an optimized model does not fit what was captured."""
+
+    template = "{problem}; {hint}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,13 +29,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Program:
-    """A captured model. `door` is 1 (torch.compile) or 2 (offline); `needs_grad` says that gradients will be asked for."""
+    """A captured model. `door` is 1 (torch.compile) or 2 (offline); `needs_grad` says that gradients will be asked for;
+    `extra_outputs` is how many trailing outputs are not the caller's."""
 
     module: fx.GraphModule
     inputs: tuple[Input, ...]
     door: int
     needs_grad: bool = False
-    dropped: dict[str, Any] = field(default_factory=dict)
+    extra_outputs: int = 0
 
     @property
     def graph(self) -> fx.Graph:

@@ -60,11 +60,13 @@ class Read:
 
 @dataclass
 class OpAxes:
-    """What one op does with the axes of its operands. `known` is False for an op without a rule."""
+    """What one op does with the axes of its operands. `same` dimensions are one axis though the op does not run along both; `known` is False
+    for an op without a rule."""
 
     links: list[Link] = field(default_factory=list)
     contracts: list[Contract] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    same: list[Contract] = field(default_factory=list)
     known: bool = True
     regroups: bool = False
 
@@ -123,7 +125,7 @@ class Axes:
                 elif carried or dims[link.out] is None:
                     dims[link.out] = carried
             self._dims[node] = tuple(self.fresh(s) if d is None else d for d, s in zip(dims, shape(node), strict=True))
-        for c in op.contracts:
+        for c in (*op.contracts, *op.same):
             self.unite(self._dims[slots[c.slot]][c.dim], self._dims[slots[c.other]][c.other_dim])
 
     def _regroup(self, dims: Iterable[Dim], sizes: Sequence[Any]) -> tuple[Dim, ...]:

@@ -6,7 +6,7 @@ dominate the sink are its spine. Between two spine nodes lie the regions: layer 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import fx
@@ -31,7 +31,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers over one token axis. `dim` is where the token axis stands in the spine nodes; `batch` may be () when it is 1."""
+    """Layers over one token axis. `dim` is where the token axis stands in the spine nodes; `batch` may be () when it is 1. `tail` are later
+    attentions with other queries over the same keys: pooling heads, a last layer of which only one row is computed."""
 
     axis: Dim
     batch: Dim
@@ -39,21 +40,28 @@ class Stack:
     layers: tuple[Layer, ...]
     spine: tuple[fx.Node, ...]
     sink: fx.Node
+    tail: tuple[AttentionRegion, ...] = ()
 
 
 def find_stacks(graph: fx.Graph, axes: Axes, regions: tuple[AttentionRegion, ...]) -> tuple[tuple[Stack, ...], tuple[str, ...]]:
     """The stacks of a graph, deepest first, and why any attention stands in none."""
     groups: dict[Dim, list[AttentionRegion]] = {}
+    tails: dict[Dim, list[AttentionRegion]] = {}
     misses: list[str] = []
     for region in regions:
-        axis = axes.dims(region.q)[-2] if axes.dims(region.q) else ()
-        if axis:
+        axis, keys = axes.dims(region.q)[-2], axes.dims(region.v)[-2]
+        if axis and axis == keys:
             groups.setdefault(axis, []).append(region)
+        elif keys:
+            tails.setdefault(keys, []).append(region)
         else:
-            misses.append(f"attention {region.index} ({region.out.name}): its query axis has size 1")
+            misses.append(f"attention {region.index} ({region.out.name}): its query and key axes have size 1")
+    misses += [f"attention {r.index} ({r.out.name}): no layers run over its keys" for a, rs in tails.items() if a not in groups for r in rs]
     stacks = []
     for axis, members in groups.items():
         found = _stack(graph, axes, axis, members)
+        if isinstance(found, Stack):
+            found = replace(found, tail=tuple(tails.get(axis, ())))
         if isinstance(found, str):
             misses.append(found)
         else:
@@ -65,7 +73,8 @@ def _stack(graph: fx.Graph, axes: Axes, axis: Dim, members: list[AttentionRegion
     order = {n: i for i, n in enumerate(graph.nodes)}
     reach = descendants(members[-1].out)
     live = ancestors(n for n in outputs(graph) if isinstance(n, fx.Node))
-    carrying = [n for n in reach if n in live and n.op == "call_function" and len(axes.places(n, axis)) == 1 and val(n).is_floating_point()]
+    carrying = [n for n in reach if n in live and n.op == "call_function" and len(axes.places(n, axis)) == 1 and is_tensor(n)]
+    carrying = [n for n in carrying if val(n).is_floating_point()]
     if not carrying:
         return f"attention {members[0].index}: no node after the last attention carries its token axis"
     sink = max(carrying, key=lambda n: order[n])
@@ -105,7 +114,6 @@ def _dominators(source: fx.Node, sink: fx.Node, inside: set[fx.Node]) -> set[fx.
 
 
 def _layers(axes: Axes, axis: Dim, members: list[AttentionRegion], spine: list[fx.Node], sink: fx.Node, order: dict[fx.Node, int]) -> Stack | str:
-    width = {}
     starts: list[fx.Node] = []
     for region in members:
         before = ancestors([region.q, region.k, region.v])
@@ -113,15 +121,13 @@ def _layers(axes: Axes, axis: Dim, members: list[AttentionRegion], spine: list[f
         if not feeding:
             return f"attention {region.index}: no residual spine node feeds it"
         starts.append(feeding[-1])
-    for s in starts:
-        width[s] = shape(s)
     after = [[n for n in spine if order[n] > order[r.out] and n in descendants(r.out)] for r in members]
     if any(not a for a in after):
         return f"attention {next(r.index for r, a in zip(members, after, strict=True) if not a)}: it does not return to the residual spine"
     last = _last_residual(after[-1], starts[-1])
     ends = [*starts[1:], last]
     layers = tuple(
-        Layer(i, region, start, _middle(follow, end, order), end)
+        Layer(i, region, start, _middle(start, follow, end, order), end)
         for i, (region, start, follow, end) in enumerate(zip(members, starts, after, ends, strict=True))
     )
     dims = axes.dims(starts[-1])
@@ -142,6 +148,8 @@ def _last_residual(after: list[fx.Node], start: fx.Node) -> fx.Node:
     return adds[-1]
 
 
-def _middle(follow: list[fx.Node], end: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+def _middle(start: fx.Node, follow: list[fx.Node], end: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
     inside = [n for n in follow if order[n] <= order[end]]
+    if op_name(start) in NORMS:
+        inside = [n for n in inside if op_name(n) in NORMS]
     return inside[0] if inside else end

@@ -1,0 +1,25 @@
+"""The Inductor engine. Inside torch.compile the graph goes straight to Inductor, in the tracing context that called us; offline it goes in
+through torch.compile, which guards the sizes that Inductor relies on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from dyncc.ir import Program
+
+
+def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
+    """Compile a program; door 1 programs must be lowered before the backend returns (later, lengths would be specialised)."""
+    if program.door == 1:
+        return compile_graph(program.module, inputs)
+    return torch.compile(program.module, backend="inductor", dynamic=dynamic, fullgraph=True)
+
+
+def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:
+    """Plain Inductor on a graph, as torch.compile would do it."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, inputs)

@@ -1,0 +1,265 @@
+"""The whole line in one place: capture -> analysis -> passes -> evidence -> lowering. Read this first.
+
+`rewrite` takes a captured program through the passes and gathers evidence; the two doors (dynamo.py, runtime.py) call it and lower what it
+returns. A usage error raises; a refusal is reported; an internal failure is the caller's to turn into a fallback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyncc import verdicts
+from dyncc.analysis.facts import Facts, analyse
+from dyncc.errors import RefusedError
+from dyncc.evidence import beyond_tolerance, quality, run_isolated
+from dyncc.flops import count_flops
+from dyncc.ir import Program, source_line
+from dyncc.pipeline import render
+from dyncc.report import Region, Report, Rewrite
+from dyncc.rewrite import Applied, Context, apply_pass, graph_text, promised_outputs
+from dyncc.settings import Settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The rewritten program, the dense one, and the cuts that lossy passes made (for the masked form)."""
+
+    program: Program
+    dense: Program
+    cuts: tuple[Any, ...]
+
+
+def rewrite(program: Program, settings: Settings, examples: Sequence[list[Any]], report: Report) -> Outcome:
+    """Run the pipeline of `settings` on a program and fill the report.
+
+    Args:
+        examples: flat example inputs, each as long as `program.inputs`; evidence is measured on all of them, the worst is reported.
+    Raises:
+        RefusedError: under `strict`, when a pass of the pipeline was refused.
+        DynccUsageError: an option does not fit the model (a layer that it does not have).
+    """
+    start = time.perf_counter()
+    facts = analyse(program)
+    report.seconds["analysis"] = time.perf_counter() - start
+    describe(program, facts, report)
+    dump = Dump(settings.dump_dir, report)
+    dump.write("captured", program, facts.dump())
+    evidence = Evidence(program, settings, examples, report)
+    current, cuts, steps = program, [], []
+    for position, passed in enumerate(settings.passes):
+        start = time.perf_counter()
+        applied = _step(current, passed, evidence, position)
+        step = _record(passed, current, applied, evidence.measured.pop(position, {}), time.perf_counter() - start)
+        report.rewrites.append(step)
+        steps.append((passed, current))
+        if applied.modified:
+            dump.write(passed.name, applied.program, "")
+            report.difference[step.text] = _difference(current, applied.program)
+        cuts += applied.result.cuts if applied.modified else ()
+        current = applied.program
+    current = _settle_exact(current, steps, evidence, report)
+    evidence.remember(report)
+    report.seconds["passes"] = sum(r.seconds for r in report.rewrites)
+    report.seconds["evidence"] = evidence.seconds
+    report.flops = {"dense": count_flops(program.graph), "now": count_flops(current.graph)}
+    report.lengths = _lengths(program)
+    dump.write("final", current, str(report))
+    refused = [r for r in report.rewrites if not r.applied]
+    if settings.strict and refused:
+        raise RefusedError(f"{refused[0].text} was refused: {refused[0].reason}")
+    return Outcome(current, program, tuple(cuts))
+
+
+def _step(current: Program, passed: Any, evidence: Evidence, position: int) -> Applied:
+    """One pass with its evidence: an earlier verdict, the contract, the cost model, then the numbers."""
+    stored = evidence.stored(position)
+    if stored is not None and not stored["applied"]:
+        return Applied(current, False, False, stored["reason"])
+    applied = apply_pass(current, passed, Context(trace=evidence.settings.trace))
+    if not applied.modified or passed.exact:
+        return applied
+    before, after = count_flops(current.graph), count_flops(applied.program.graph)
+    if after >= before:
+        return Applied(current, False, False, f"it would cost more than it saves by the cost model ({before:,} FLOPs now, {after:,} then)")
+    evidence.judge_lossy(position, applied.program)
+    return applied
+
+
+def _settle_exact(current: Program, steps: list[tuple[Any, Program]], evidence: Evidence, report: Report) -> Program:
+    """Check all exact passes at once on the caller's inputs; when the sum is out of tolerance, find the guilty one and undo it."""
+    exact = [i for i, (p, _) in enumerate(steps) if p.exact and report.rewrites[i].applied and report.rewrites[i].nodes[0]]
+    lossy = [i for i, (p, _) in enumerate(steps) if not p.exact and report.rewrites[i].applied]
+    if not exact or evidence.settings.evidence == "off" or evidence.known:
+        return current
+    last = steps[exact[-1] + 1][1] if exact[-1] + 1 < len(steps) else current
+    if not any(i < exact[-1] for i in lossy):
+        error, words = evidence.judge_exact(last)
+        if not words:
+            _note(report, exact, error)
+            return current
+    return _bisect(steps, evidence, report)
+
+
+def _note(report: Report, positions: list[int], error: float) -> None:
+    for i in positions:
+        report.rewrites[i] = replace(report.rewrites[i], evidence={**report.rewrites[i].evidence, "error": error})
+
+
+def _bisect(steps: list[tuple[Any, Program]], evidence: Evidence, report: Report) -> Program:
+    """Apply the passes again one by one, each judged against the program in front of it, leaving out those out of tolerance."""
+    current = steps[0][1]
+    for i, (passed, _) in enumerate(steps):
+        if not report.rewrites[i].applied:
+            continue
+        applied = apply_pass(current, passed, Context(trace=evidence.settings.trace))
+        if passed.exact and applied.modified:
+            error, words = evidence.judge_exact(applied.program, current)
+            if words:
+                report.rewrites[i] = replace(report.rewrites[i], applied=False, found=0, reason=f"undone: {words}", flops=(0, 0))
+                continue
+            _note(report, [i], error)
+        current = applied.program
+    return current
+
+
+def _record(passed: Any, before: Program, applied: Applied, measured: dict[str, Any], seconds: float) -> Rewrite:
+    result = applied.result
+    nodes = (len(before.graph.nodes), len(applied.program.graph.nodes)) if applied.modified else (0, 0)
+    flops = (count_flops(before.graph), count_flops(applied.program.graph)) if applied.modified else (0, 0)
+    return Rewrite(
+        passed.name, render([passed]), applied.applied, applied.reason, passed.exact, result.found if applied.applied else 0, result.expected,
+        result.misses, measured, nodes, flops, seconds,
+    )
+
+
+class Evidence:
+    """Runs programs on the example inputs in the reference engine, once each, and keeps what earlier processes found out."""
+
+    def __init__(self, dense: Program, settings: Settings, examples: Sequence[list[Any]], report: Report):
+        self.dense, self.settings, self.examples, self.report = dense, settings, list(examples), report
+        self.measured: dict[int, dict[str, Any]] = {}
+        self.seconds = 0.0
+        self.mutates = bool(analyse(dense).mutated)
+        self._dense: list[list[Any]] | None = None
+        self.key = ""
+        if settings.evidence != "off" and settings.passes:
+            text = f"{render(settings.passes)} {settings.evidence} {settings.engine} {_sample(self.examples)}"
+            self.key = verdicts.key(graph_text(dense.graph), verdicts.sources(settings.passes), text)
+        self.known = verdicts.get(self.key) if self.key and settings.metric is None else None
+        report.cached = self.known is not None
+
+    def stored(self, position: int) -> dict[str, Any] | None:
+        if self.known is None or position >= len(self.known["rewrites"]):
+            return None
+        entry: dict[str, Any] = self.known["rewrites"][position]
+        self.measured[position] = entry["evidence"]
+        return entry
+
+    def remember(self, report: Report) -> None:
+        if self.key and self.known is None:
+            rows = [{"applied": r.applied, "reason": r.reason, "evidence": r.evidence} for r in report.rewrites]
+            verdicts.put(self.key, {"rewrites": rows})
+
+    def run(self, program: Program, values: list[Any]) -> list[Any]:
+        results, seconds = run_isolated(program.module, values, self.mutates)
+        self.seconds += seconds
+        extra = program.extra_outputs
+        return [r for i, r in enumerate(results) if not promised_outputs(program) <= i < promised_outputs(program) + extra]
+
+    def dense_results(self) -> list[list[Any]]:
+        if self._dense is None:
+            self._dense = [self.run(self.dense, values) for values in self.examples]
+        return self._dense
+
+    def judge_exact(self, program: Program, against: Program | None = None) -> tuple[float, str]:
+        worst, words = 0.0, ""
+        for i, values in enumerate(self.examples):
+            dense = self.dense_results()[i] if against is None else self.run(against, values)
+            error, problem = beyond_tolerance(dense, self.run(program, values))
+            worst, words = max(worst, error), words or problem
+        return worst, words
+
+    def judge_lossy(self, position: int, program: Program) -> None:
+        """Measure what a lossy pass changes, on every example; the worst figures are kept."""
+        if self.settings.evidence == "off" or self.known is not None:
+            return
+        figures: dict[str, Any] = {"examples": len(self.examples)}
+        for i, values in enumerate(self.examples):
+            dense, now = self.dense_results()[i], self.run(program, values)
+            measured = {"metric": self.settings.metric(dense, now)} if self.settings.metric else quality(dense, now)
+            for name, value in measured.items():
+                worse = max if name in ("error", "kl") else min
+                figures[name] = worse(figures[name], value) if name in figures else value
+        self.measured[position] = figures
+
+
+def _sample(examples: Sequence[list[Any]]) -> str:
+    """A short text of the examples' and weights' sizes and a few of their values: another model or input is another verdict."""
+    digest = hashlib.sha256()
+    for values in examples:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                flat = value.detach().flatten()
+                some = flat[:: max(1, flat.numel() // 16)][:16].float().tolist()
+                digest.update(f"{tuple(value.shape)}{value.dtype}{some}".encode())
+            else:
+                digest.update(str(value).encode())
+    return digest.hexdigest()
+
+
+def describe(program: Program, facts: Facts, report: Report) -> None:
+    """Fill in what was found."""
+    report.expected_attention, report.found_attention = facts.expected, facts.found
+    report.not_understood = list(facts.misses)
+    for region in facts.attention:
+        kind = "fused" if region.fused else "spelled out"
+        report.regions.append(Region("attention", region.out.name, region.index, kind, source_line(region.out)))
+    for stack in facts.stacks:
+        for layer in stack.layers:
+            report.regions.append(Region("layer", layer.end.name, layer.index, f"{layer.start.name} to {layer.end.name}", source_line(layer.end)))
+            if layer.middle is not layer.end:
+                report.regions.append(Region("mlp", layer.end.name, layer.index, f"{layer.middle.name} to {layer.end.name}", source_line(layer.end)))
+
+
+def _lengths(program: Program) -> str:
+    """The sizes that may vary, with the ranges that capture allows, or that they are fixed."""
+    seen: dict[str, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
+            for dim, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt) and str(size) not in seen:
+                    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+                    upper = "any" if not bounds.upper.is_Integer or bounds.upper > 1 << 40 else str(bounds.upper)
+                    seen[str(size)] = f"{node.name}[{dim}] from {bounds.lower} to {upper} (measured at {size.node.hint})"
+    return "; ".join(seen.values()) or "the captured sizes only"
+
+
+def _difference(before: Program, after: Program) -> str:
+    lines = difflib.unified_diff(graph_text(before.graph).splitlines(), graph_text(after.graph).splitlines(), "before", "after", lineterm="", n=0)
+    return "\n".join(lines)
+
+
+class Dump:
+    """Numbered files of every stage under `dump_dir`, one folder a graph."""
+
+    def __init__(self, folder: str | None, report: Report):
+        self.folder = Path(folder) / f"graph{report.number}" if folder else None
+        self.count = 0
+
+    def write(self, stage: str, program: Program, notes: str) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = graph_text(program.graph) + ("\n" + notes + "\n" if notes else "")
+        (self.folder / f"{self.count:02d}-{stage}.txt").write_text(text, encoding="utf-8")
+        self.count += 1
+
+

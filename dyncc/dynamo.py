@@ -1,0 +1,107 @@
+"""Door 1: the backend that torch.compile finds under the name "dyncc" (entry point `torch_dynamo_backends`)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dyncc.backends import lower
+from dyncc.backends.inductor import compile_graph as plain_inductor
+from dyncc.capture import CaptureError, count, from_dynamo
+from dyncc.driver import rewrite
+from dyncc.errors import DynccUsageError, RefusedError
+from dyncc.report import Report, add_report
+from dyncc.settings import Settings, settings_from
+
+ATTENTION_LIKE = ("scaled_dot_product_attention", "softmax", "_softmax")
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
+    """torch.compile(model, backend="dyncc", options={"passes": TEXT, "engine": ..., "strict": ..., "evidence": ..., "dump_dir": ...}).
+
+    Raises:
+        DynccUsageError: an option or the pipeline text is wrong.
+        RefusedError: under strict, when a pass was refused or the graph could not be captured.
+    """
+    settings = settings_from(options)
+    report = Report(engine="inductor" if settings.engine == "auto" else settings.engine, evidence=settings.evidence)
+    report.frame, report.recompiled = _frame()
+    report.graph_break = _graph_break(gm)
+    add_report(report)
+    try:
+        return _compile(gm, list(example_inputs), settings, report)
+    except CaptureError as problem:
+        return _fall_back(gm, example_inputs, settings, report, str(problem), quiet=True)
+    except (DynccUsageError, RefusedError):
+        raise
+    except Exception as problem:
+        return _fall_back(gm, example_inputs, settings, report, f"{type(problem).__name__}: {problem}", quiet=False)
+
+
+def _compile(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, report: Report) -> Callable[..., Any]:
+    start = time.perf_counter()
+    program = from_dynamo(gm, example_inputs)
+    report.seconds["capture"] = time.perf_counter() - start
+    if report.graph_break and count(program.graph, *ATTENTION_LIKE):
+        settings = _without_layer_passes(settings, report)
+    outcome = rewrite(program, settings, [example_inputs], report)
+    start = time.perf_counter()
+    lowered = lower(settings.engine, outcome.program, example_inputs)
+    report.seconds["lowering"] = time.perf_counter() - start
+    return lowered
+
+
+def _without_layer_passes(settings: Settings, report: Report) -> Settings:
+    """Layer numbers count the whole model, so passes that name layers cannot run on a part of it."""
+    from dataclasses import replace
+
+    from dyncc.pipeline import render
+    from dyncc.report import Rewrite
+
+    kept = []
+    for passed in settings.passes:
+        if not hasattr(passed, "layers"):
+            kept.append(passed)
+            continue
+        reason = f"a graph break splits the model, so its layers cannot be numbered: {report.graph_break}"
+        report.rewrites.append(Rewrite(passed.name, render([passed]), False, reason, passed.exact))
+        if settings.strict:
+            raise RefusedError(f"{passed.name} was refused: {reason}")
+    return replace(settings, passes=tuple(kept))
+
+
+def _fall_back(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report, reason: str, *, quiet: bool) -> Callable[..., Any]:
+    report.fallback = reason
+    if settings.strict:
+        raise RefusedError(f"graph {report.number} goes to the plain engine: {reason}")
+    if not quiet:
+        warnings.warn(f"dyncc could not compile graph {report.number} and runs it plainly ({reason}); see dyncc.reports()[{report.number}]", stacklevel=2)
+    return gm.forward if settings.engine == "reference" else plain_inductor(gm, list(example_inputs))
+
+
+def _frame() -> tuple[str, str | None]:
+    """The frame being compiled and, from its second compilation on, why."""
+    context = torch._guards.CompileContext.try_get()
+    if context is None or context.compile_id is None:
+        return "", None
+    identity = context.compile_id
+    again = getattr(identity, "frame_compile_id", 0) or 0
+    reasons = [r for r in getattr(torch._dynamo.utils.get_metrics_context(), "_metrics", {}).get("recompile_reason", "").splitlines() if r.strip()]
+    return f"frame {identity}", (reasons[0].strip() if reasons else f"compilation {again} of this frame") if again else None
+
+
+def _graph_break(gm: fx.GraphModule) -> str | None:
+    """The source line at which Dynamo cut the model, when this graph is one of its parts."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and getattr(reason, "graph_break", False):
+        stack = getattr(reason, "user_stack", None) or []
+        place = f"{stack[-1].filename.rsplit('/', 1)[-1]}:{stack[-1].lineno}" if stack else "unknown line"
+        return f"{place}: {str(reason.reason).strip().splitlines()[0]}"
+    if any("stack0" in n.name for n in gm.graph.nodes if n.op == "placeholder"):
+        return "this graph continues behind an earlier break"
+    return None

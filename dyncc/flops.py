@@ -1,0 +1,38 @@
+"""FLOPs of a graph from its shapes: what `torch.utils.flop_counter` would count when it runs."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from dyncc.ir import ancestors, hint, is_tensor, op_name, operands, outputs, shape
+
+
+def count_flops(graph: fx.Graph) -> int:
+    """Multiply-adds count two; symbolic sizes take their values in the example inputs; dead nodes count nothing."""
+    live = ancestors(n for n in outputs(graph) if isinstance(n, fx.Node))
+    return sum(_flops(n) for n in graph.nodes if n in live and n.op == "call_function" and is_tensor(n))
+
+
+def _flops(node: fx.Node) -> int:
+    name = op_name(node)
+    slots = operands(node)
+    if name in ("linear", "mm", "bmm", "matmul"):
+        return 2 * _numel(node) * _size(slots[0], -1)
+    if name in ("addmm", "baddbmm"):
+        return 2 * _numel(node) * _size(slots[1], -1)
+    if name == "scaled_dot_product_attention":
+        rows = _numel(node) // _size(node, -1)
+        return 2 * rows * _size(slots[1], -2) * (_size(slots[0], -1) + _size(slots[2], -1))
+    if name in ("conv1d", "conv2d", "conv3d", "convolution"):
+        return 2 * _numel(node) * math.prod(hint(s) for s in shape(slots[1])[1:])
+    return 0
+
+
+def _numel(node: fx.Node) -> int:
+    return math.prod(hint(s) for s in shape(node))
+
+
+def _size(node: fx.Node, dim: int) -> int:
+    return hint(shape(node)[dim])

@@ -1,0 +1,139 @@
+"""The rewrite framework: what a pass is, and the contract that the framework (not the pass) enforces.
+
+A pass matches, checks, replaces. It edits the copy it is given, or raises `Refusal` with words a user can act on. Afterwards the framework
+lints the graph, compares outputs' shapes, strides, dtypes and aliasing with what the caller was promised, and finds out by itself whether
+anything was modified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import fx
+
+from dyncc.analysis.facts import Facts, analyse
+from dyncc.ir import Program, drop_dead, is_tensor, op_name, outputs, same_size, shape, val
+from dyncc.restrict import Refusal
+
+VIEWS = {"view", "reshape", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "t", "alias", "detach", "unbind", "split"}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may ask about its surroundings. `trace` asks lossy passes to return their selections as extra outputs."""
+
+    trace: bool = False
+    choose: Any = None
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did. `found` of `expected` sites were rewritten; `misses` says why the others were not; `cuts` is for the masked form."""
+
+    found: int
+    expected: int
+    reason: str = ""
+    misses: tuple[str, ...] = ()
+    cuts: tuple[Any, ...] = ()
+    shortened_outputs: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite. Subclasses are frozen dataclasses whose fields are their options; `exact` says that results may differ by rounding only."""
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    exact: ClassVar[bool] = True
+    keeps_gradients: ClassVar[bool] = False
+
+    def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
+        """Edit `program.graph` in place, or raise `Refusal`."""
+        raise NotImplementedError(type(self).__name__)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The outcome of one pass: the program after it (the one before it when refused) and what to tell the user."""
+
+    program: Program
+    applied: bool
+    modified: bool
+    reason: str
+    result: PassResult = field(default_factory=lambda: PassResult(0, 0))
+
+
+def apply_pass(program: Program, passed: Pass, context: Context) -> Applied:
+    """Run one pass under the contract; a refusal or a broken contract leaves the program as it was."""
+    if program.needs_grad and not passed.keeps_gradients:
+        return Applied(program, False, False, "gradients are on for this graph; wrap the call in torch.inference_mode() or torch.no_grad()")
+    candidate = program.copy()
+    try:
+        result = passed.run(candidate, analyse(candidate), context)
+        candidate = replace(candidate, extra_outputs=len(outputs(candidate.graph)) - promised_outputs(program))
+        modified = _finish(program, candidate, result)
+    except Refusal as refusal:
+        return Applied(program, False, False, str(refusal))
+    return Applied(candidate if modified else program, True, modified, result.reason, result)
+
+
+def promised_outputs(program: Program) -> int:
+    return len(outputs(program.graph)) - program.extra_outputs
+
+
+def _finish(before: Program, after: Program, result: PassResult) -> bool:
+    drop_dead(after.graph)
+    after.graph.lint()
+    after.module.recompile()
+    check_outputs(before, after, result.shortened_outputs)
+    return fingerprint(before.graph) != fingerprint(after.graph)
+
+
+def check_outputs(before: Program, after: Program, shortened: frozenset[int] = frozenset()) -> None:
+    """Outputs keep shape, stride, dtype and aliasing; those in `shortened` may be shorter.
+
+    Raises:
+        Refusal: one does not; it is named by its position.
+    """
+    olds, news = outputs(before.graph)[: promised_outputs(before)], outputs(after.graph)
+    for i, (old, new) in enumerate(zip(olds, news, strict=False)):
+        if not is_tensor(old):
+            continue
+        a, b = val(old), val(new)
+        if a.dtype != b.dtype:
+            raise Refusal(f"output {i} would change from {a.dtype} to {b.dtype}")
+        if i in shortened:
+            continue
+        if len(a.shape) != len(b.shape) or not all(same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True)):
+            raise Refusal(f"output {i} would change its shape from {list(a.shape)} to {list(b.shape)}")
+        if not all(same_size(x, y) for x, y in zip(a.stride(), b.stride(), strict=True)) and before.door == 1:
+            raise Refusal(f"output {i} would change its strides from {a.stride()} to {b.stride()}")
+        if _alias_root(old) != _alias_root(new):
+            raise Refusal(f"output {i} would no longer alias the same input")
+
+
+def _alias_root(node: fx.Node) -> str:
+    """The name of the input that an output may be a view of, or ''."""
+    while node.op == "call_function" and op_name(node) in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.name if node.op == "placeholder" else ""
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """The graph as text that does not depend on node names."""
+    number = {n: i for i, n in enumerate(graph.nodes)}
+    return "\n".join(f"{n.op} {n.target} {fx.node.map_arg((n.args, n.kwargs), lambda a: f'%{number[a]}')}" for n in graph.nodes)
+
+
+def graph_text(graph: fx.Graph) -> str:
+    """The graph as readable text, a node a line with its dtype and shape."""
+    lines = []
+    for n in graph.nodes:
+        sizes = f"  # {str(val(n).dtype).removeprefix('torch.')}{list(shape(n))}" if is_tensor(n) else ""
+        arguments = ", ".join([str(a) for a in n.args] + [f"{k}={v}" for k, v in n.kwargs.items()])
+        name = op_name(n) if n.op == "call_function" else n.op
+        lines.append(f"{n.name} = {name}({'' if n.op == 'placeholder' else arguments}){sizes}")
+    return "\n".join(lines) + "\n"
+
+

@@ -1,0 +1,228 @@
+"""Door 2: `optimize` a model offline, and what it returns: a callable like the model, with its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from dyncc.backends import lower
+from dyncc.capture import Signature, from_model
+from dyncc.driver import Outcome, rewrite
+from dyncc.errors import DynccError, InputMismatch
+from dyncc.ir import Program, is_tensor
+from dyncc.masked import Masked, selections
+from dyncc.options import check_engine, check_evidence
+from dyncc.pipeline import build
+from dyncc.report import Report, add_report
+from dyncc.settings import Settings
+
+
+class Optimized:
+    """A rewritten model. Call it like the model; `report` says what was done. Weights are the model's own tensors, not copies."""
+
+    def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report):
+        self._outcome, self._signature, self.report = outcome, signature, report
+        self._settings = settings
+        self._dynamic = bool(_symbols(outcome.dense))
+        self._lowered: Any = None
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one call at the example sizes; a multiply-add counts two."""
+        return self.report.flops["now"]
+
+    @property
+    def dense_flops(self) -> int:
+        return self.report.flops["dense"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._lowered is None:
+            self._lowered = lower(self._settings.engine, self._outcome.program, [], dynamic=self._dynamic)
+        return self._run(self._lowered, args, kwargs)
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The rewritten graph, run eagerly."""
+        return self._run(self._outcome.program.module, args, kwargs)
+
+    def dense(self, *args: Any, **kwargs: Any) -> Any:
+        """The graph as captured, run eagerly."""
+        return self._run(self._outcome.dense.module, args, kwargs)
+
+    def masked(self, *args: Any, **kwargs: Any) -> Any:
+        """The masked form: everything computed, what the selections left out hidden. Needs `optimize(..., masked=True)`.
+
+        Raises:
+            DynccError: the selections were not recorded, or have no masked form.
+        """
+        program = self._outcome.program
+        if self._outcome.cuts and not program.extra_outputs:
+            raise DynccError("selections were not recorded; use dyncc.optimize(..., masked=True)")
+        flat = self._flat(args, kwargs)
+        with torch.no_grad():
+            returned = program.module(*flat)
+            values = returned[len(returned) - program.extra_outputs :] if program.extra_outputs else ()
+            lengths = [self._length(c, flat) for c in self._outcome.cuts]
+            chosen = selections(self._outcome.cuts, values, lengths)
+            results = Masked(self._outcome.dense.module, chosen).run(*flat)
+        return self._shaped(list(results))
+
+    def _length(self, cut: Any, flat: list[Any]) -> int:
+        """The full number of rows at a cut, for this call's sizes."""
+        target = next(n for n in self._outcome.dense.graph.nodes if n.name == cut.at)
+        size = target.meta["val"].shape[1]
+        if isinstance(size, int):
+            return size
+        return int(size.node.expr.xreplace(_bindings(self._outcome.dense, flat)))
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return self._shaped(list(function(*self._flat(args, kwargs))))
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The call's tensors in the program's order, checked against what was captured."""
+        signature = self._signature
+        kwargs = _ordered(kwargs, signature.in_spec)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != signature.in_spec:
+            raise InputMismatch(problem=f"the call has {len(leaves)} values in another arrangement than the example", hint="pass the same arguments, positional and by keyword, as at optimize()")
+        for position, value in signature.constants:
+            if not _same_constant(leaves[position], value):
+                raise InputMismatch(problem=f"argument {position} was {value!r} when captured and is {leaves[position]!r} now", hint="optimize again for another value")
+        flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
+        check_inputs(self._outcome.dense, flat)
+        return flat
+
+    def _shaped(self, results: list[Any]) -> Any:
+        signature = self._signature
+        copied = {i for _, i in signature.copies}
+        kept = [r for i, r in enumerate(results[: signature.results]) if i not in copied]
+        return pytree.tree_unflatten(kept, signature.out_spec)
+
+
+def _ordered(kwargs: dict[str, Any], spec: pytree.TreeSpec) -> dict[str, Any]:
+    """Keywords in the captured order."""
+    names = spec.child(1).context
+    return {n: kwargs[n] for n in names if n in kwargs} | {n: v for n, v in kwargs.items() if n not in names}
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def _symbols(program: Program) -> set[Any]:
+    found: set[Any] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and is_tensor(node):
+            for size in node.meta["val"].shape:
+                if isinstance(size, torch.SymInt):
+                    found |= size.node.expr.free_symbols
+    return found
+
+
+def _bindings(program: Program, flat: list[Any]) -> dict[Any, int]:
+    """The value of each size symbol in a call."""
+    bound: dict[Any, int] = {}
+    for node, value in zip((n for n in program.graph.nodes if n.op == "placeholder"), flat, strict=True):
+        if is_tensor(node):
+            for size, actual in zip(node.meta["val"].shape, value.shape, strict=True):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                    bound.setdefault(size.node.expr, actual)
+    return bound
+
+
+def check_inputs(program: Program, flat: list[Any]) -> None:
+    """Sizes, dtypes and devices must be those captured; symbolic sizes must agree with each other and with their range.
+
+    Raises:
+        InputMismatch: one does not; the message names the input and dimension.
+    """
+    bound: dict[Any, int] = {}
+    for node, given, value in zip((n for n in program.graph.nodes if n.op == "placeholder"), program.inputs, flat, strict=True):
+        if given.kind != "input":
+            continue
+        expected = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            raise InputMismatch(problem=f"{given.name} is a {type(value).__name__}, not a tensor", hint="pass a tensor, as in the example")
+        if value.dtype != expected.dtype or value.dim() != expected.dim():
+            raise InputMismatch(
+                problem=f"{given.name} is {value.dtype} with {value.dim()} dimensions; captured were {expected.dtype} with {expected.dim()}", hint="convert it"
+            )
+        for dim, (size, actual) in enumerate(zip(expected.shape, value.shape, strict=True)):
+            _check_size(given.name, dim, size, actual, bound)
+
+
+def _check_size(name: str, dim: int, size: Any, actual: int, bound: dict[Any, int]) -> None:
+    if isinstance(size, int):
+        if actual != size:
+            raise InputMismatch(problem=f"{name}[{dim}] is {actual}, captured was {size}", hint="pass dynamic_shapes to optimize() for sizes that vary")
+        return
+    expr = size.node.expr
+    if not expr.is_symbol:
+        return
+    if bound.setdefault(expr, actual) != actual:
+        raise InputMismatch(problem=f"{name}[{dim}] is {actual}, but another input has {bound[expr]} there", hint="make them agree")
+    bounds = size.node.shape_env.bound_sympy(expr)
+    if actual < bounds.lower or actual > bounds.upper:
+        raise InputMismatch(problem=f"{name}[{dim}] is {actual}, outside of {bounds.lower}..{bounds.upper}", hint="capture again with an example of that size")
+
+
+def optimize(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    passes: str | None = None,
+    dynamic_shapes: Any = None,
+    examples: Sequence[tuple[Any, ...]] | None = None,
+    metric: Callable[[list[Any], list[Any]], float] | None = None,
+    engine: str = "inductor",
+    evidence: str = "timed",
+    strict: bool = False,
+    dump_dir: str | None = None,
+    masked: bool = False,
+) -> Optimized:
+    """Capture a model offline, rewrite it and prove what that cost.
+
+    Args:
+        args, kwargs: one example call; evidence is measured on it, and on `examples` (more positional argument tuples) if given.
+        passes: pipeline text; None runs the exact passes, "" none.
+        dynamic_shapes: as for torch.export.export: which sizes may vary.
+        metric: `metric(dense_outputs, outputs) -> float`, higher is better, in place of the default quality figures.
+        evidence: "off", "numeric", or "timed" (also compiles the dense model and refuses a pipeline that is not faster).
+        masked: record the selections of lossy passes, so that `Optimized.masked` can run the masked form.
+    Raises:
+        DynccUsageError: a pipeline, option, engine or layer that does not exist.
+        RefusedError: under strict, when a pass was refused.
+        CaptureError: torch.export cannot capture the model.
+    """
+    settings = Settings(build(passes), check_engine(engine), strict, check_evidence(evidence), dump_dir, masked, metric)
+    report = Report(engine=engine, evidence=evidence, frame=type(model).__name__)
+    add_report(report)
+    start = time.perf_counter()
+    program, signature = from_model(model, tuple(args), kwargs, dynamic_shapes)
+    report.seconds["capture"] = time.perf_counter() - start
+    calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
+    flat = [_flat_example(program, signature, a, k) for a, k in calls]
+    outcome = rewrite(program, settings, flat, report)
+    optimized = Optimized(outcome, signature, settings, report)
+    if evidence == "timed" and settings.engine != "reference" and any(r.applied and r.nodes[0] for r in report.rewrites):
+        from dyncc.breakeven import check_break_even
+
+        check_break_even(optimized, flat[0])
+    return optimized
+
+
+def _flat_example(program: Program, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    leaves, _ = pytree.tree_flatten((args, _ordered(kwargs, signature.in_spec)))
+    flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
+    check_inputs(program, flat)
+    return flat
+
+
+def explain(model: torch.nn.Module, *args: Any, passes: str | None = None, **kwargs: Any) -> Report:
+    """What dyncc finds in a model and what each pass does to it, measured numerically on the given example call."""
+    return optimize(model, args, kwargs, passes=passes, evidence="numeric").report

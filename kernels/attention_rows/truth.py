@@ -1,0 +1,35 @@
+"""The truth of attention_rows: softmax(q[rows] k' * scale + mask[rows]) for chosen rows; cost R * N * d, never N * N."""
+
+from __future__ import annotations
+
+import torch
+
+
+def attention_row_logits(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Scaled q.k of some query rows.
+
+    Args:
+        q: [B, H, Tq, D]; k: [B, G, Tk, D] with H a multiple of G (grouped heads); rows: [R] int64 positions in Tq.
+    Returns:
+        [B, H, R, Tk].
+    """
+    picked = q.index_select(2, rows)
+    batch, heads, _, width = q.shape
+    groups = k.shape[1]
+    scale = width**-0.5 if scale is None else scale
+    grouped = picked.reshape(batch, groups, heads // groups * rows.shape[0], width)
+    return (grouped @ k.transpose(-1, -2) * scale).reshape(batch, heads, rows.shape[0], k.shape[2])
+
+
+def attention_rows(
+    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> torch.Tensor:
+    """Probabilities [B, H, R, Tk] of the query rows `rows`; mask as SDPA takes it (bool: True is visible; float: added)."""
+    logits = attention_row_logits(q, k, rows, scale)
+    if is_causal:
+        seen = torch.arange(k.shape[2], device=q.device)[None, :] <= rows[:, None]
+        logits = logits.masked_fill(~seen, float("-inf"))
+    if mask is not None:
+        mask = mask if mask.shape[-2] == 1 else mask.index_select(mask.dim() - 2, rows)
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return torch.softmax(logits, -1, dtype=torch.float32).to(q.dtype)

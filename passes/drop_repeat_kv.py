@@ -1,0 +1,1 @@
+"""placeholder so that the registry loads while the pass is being written"""

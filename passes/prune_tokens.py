@@ -1,0 +1,192 @@
+"""prune-tokens: after chosen layers, keep the best-scored tokens and run the rest of the model on them alone.
+
+h' = h[S] with S = top-k of a score; later layers see only S, at original positions (position tables, masks on both axes and everything else
+of the same axis class follow). At the exit, `carry` puts the surviving rows back into the residual as it was at the cut; `zero` puts them
+into zeros; `drop` never puts them back (possible where the output reads kept rows only). Lossy. Refused where the output of an
+autoregressive model covers all positions: which tokens stay depends on later ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from torch import fx
+
+from dyncc.analysis.axes import Axes, Read
+from dyncc.analysis.facts import Facts
+from dyncc.analysis.layers import Layer, Stack
+from dyncc.ir import Program, argument, op_name, output_node, outputs
+from dyncc.options import Keep, Layers, settle
+from dyncc.passes.cut import Cut, Kept, make_cut
+from dyncc.passes.padding import padding_input, real_rows
+from dyncc.passes.reads import Reads, output_reads
+from dyncc.restrict import Plan, Refusal, plan_forward
+from dyncc.rewrite import Context, Pass, PassResult
+
+Score = Literal[
+    "auto", "cls-attention", "last-attention", "last-logits", "last-window-attention", "received-attention", "hidden-norm", "key-norm", "random"
+]
+
+
+@dataclass(frozen=True)
+class PruneTokens(Pass):
+    """Keep the `keep` best tokens after the given layers."""
+
+    name: ClassVar[str] = "prune-tokens"
+    summary: ClassVar[str] = "after chosen layers, run the rest of the model on the best-scored tokens"
+    exact: ClassVar[bool] = False
+
+    keep: Keep = 0.7
+    layers: Layers = Layers("3")
+    score: Score = "auto"
+    site: Literal["layer", "attention"] = "layer"
+    fill: Literal["auto", "carry", "zero", "drop"] = "auto"
+    fuse: bool = False
+    window: int = 32
+    sinks: int = 0
+    recents: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+    def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
+        """Prune every stack of layers that it fits; refuse when it fits none."""
+        if not facts.stacks:
+            raise Refusal(facts.misses[0] if facts.misses else "no attention layers were found")
+        cuts: list[Cut] = []
+        misses: list[str] = []
+        shortened: set[int] = set()
+        done = 0
+        for stack in facts.stacks:
+            try:
+                made, short = self._prune(program, facts, stack)
+            except Refusal as refusal:
+                misses.append(str(refusal))
+                continue
+            done += 1
+            cuts += made
+            shortened |= short
+        if not done:
+            raise Refusal(misses[0])
+        if context.trace:
+            _trace(program, cuts)
+        reason = "keep=1.0 keeps every token: nothing to remove" if not cuts else ""
+        return PassResult(done, len(facts.stacks), reason, tuple(misses), tuple(c.plain() for c in cuts), frozenset(shortened))
+
+    def _prune(self, program: Program, facts: Facts, stack: Stack) -> tuple[list[Cut], set[int]]:
+        schedule = self.layers.schedule(self.keep, len(stack.layers) + len(stack.tail))
+        last = schedule[-1][0]
+        if last >= len(stack.layers) or (self.site == "layer" and last == len(stack.layers) - 1 and not stack.tail):
+            raise Refusal(f"nothing runs on all tokens after layer {last}; choose an earlier layer or site=attention")
+        steps = [(stack.layers[i], keep) for i, keep in schedule]
+        if stack.dim != 1:
+            raise Refusal("the token axis is not dimension 1 of the residual stream")
+        reads = output_reads(program, facts, stack)
+        self._check_causal(program, facts, stack)
+        padding = padding_input([x.attention for x in stack.layers], facts.axes, stack.axis, stack.batch)
+        steps = [(layer, keep) for layer, keep in steps if keep != 1.0 or isinstance(keep, int)]
+        cuts: list[Cut] = []
+        shortened: set[int] = set()
+        kept: Kept | None = None
+        for layer, keep in steps:
+            axes = Axes(program.graph)
+            at = layer.middle if self.site == "attention" else layer.end
+            if kept is None:
+                kept = Kept.start(at, None if padding is None else lambda before: real_rows(before, padding), reads.computed)
+            fill, plan, stop = self._plan(program, axes, stack, layer, at, reads)
+            shortened |= _short_outputs(program, facts, plan, stop)
+            cut = make_cut(self._for(layer, keep, reads), program, axes, stack, layer, at, stop, plan, fill, reads, kept)
+            kept = cut.after
+            cuts.append(cut)
+        return cuts, shortened
+
+    def _for(self, layer: Layer, keep: Any, reads: Reads) -> PruneTokens:
+        """These options for one cut, `auto` resolved by what the graph is."""
+        score = self.score
+        if score == "auto":
+            score = "last-attention" if reads.last else "cls-attention" if reads.first else "received-attention"
+        return replace(self, keep=keep, score=score)
+
+    def _check_causal(self, program: Program, facts: Facts, stack: Stack) -> None:
+        if not any(_is_causal(x) for x in stack.layers):
+            return
+        whole = [i for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and facts.axes.places(n, stack.axis) and i not in facts.kv_outputs]
+        if whole:
+            raise Refusal(
+                f"output {whole[0]} of this autoregressive model covers all positions, and which tokens stay depends on later ones; "
+                "ask for the last position only (such as logits_to_keep=1)"
+            )
+
+    def _plan(self, program: Program, axes: Axes, stack: Stack, layer: Layer, at: fx.Node, reads: Reads) -> tuple[str, Plan, fx.Node | None]:
+        """The fill and plan: `drop` if the outputs read kept rows only, else rows are put back behind the last layer."""
+        axis = axes.dims(at)[stack.dim]
+        regions = (*(x.attention for x in stack.layers if x.index >= layer.index), *stack.tail)
+
+        def harmless(node: fx.Node, read: Read) -> bool:
+            return node in reads.nodes
+
+        if self.fill in ("auto", "drop"):
+            try:
+                plan = plan_forward(axes, axis, at, stack.dim, None, regions, harmless)
+                _check_outputs(program, plan)
+                return "drop", plan, None
+            except Refusal:
+                if self.fill == "drop":
+                    raise
+        stop = stack.layers[-1].end
+        plan = plan_forward(axes, axis, at, stack.dim, stop, regions, lambda node, read: False)
+        _check_inside(plan, stop)
+        return ("carry" if self.fill == "auto" else self.fill), plan, stop
+
+
+def _is_causal(layer: Layer) -> bool:
+    """Whether the attention is autoregressive: SDPA's flag, or a mask made by comparing positions of rows and keys."""
+    region = layer.attention
+    if region.fused and argument(region.out, "is_causal", False):
+        return True
+    stack, seen = [region.mask] if region.mask is not None else [], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or op_name(node) == "embedding":
+            continue
+        seen.add(node)
+        if op_name(node) in ("le", "ge", "lt", "gt", "tril", "triu") and len(node.meta["val"].shape) >= 2 and _two_positions(node):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _two_positions(node: fx.Node) -> bool:
+    sizes = node.meta["val"].shape
+    return op_name(node) in ("tril", "triu") or all(not (isinstance(s, int) and s == 1) for s in sizes[-2:])
+
+
+def _short_outputs(program: Program, facts: Facts, plan: Plan, stop: fx.Node | None) -> set[int]:
+    """Outputs that become shorter: keys and values, offline only."""
+    short = {i for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and n in plan.short and n is not stop}
+    if short - facts.kv_outputs:
+        raise Refusal(f"output {min(short - facts.kv_outputs)} holds rows of every token and would get shorter")
+    if short and program.door == 1:
+        raise Refusal("the keys and values that the graph returns would get shorter; use dyncc.optimize, which returns them so")
+    return short
+
+
+def _check_outputs(program: Program, plan: Plan) -> None:
+    """With `drop`, only keys and values may leave the graph short (checked again, by position, in `_short_outputs`)."""
+    ends = {n for n in outputs(program.graph) if isinstance(n, fx.Node) and n in plan.short}
+    if any(len(plan.short[n]) != 1 or len(n.meta["val"].shape) < 4 for n in ends):
+        raise Refusal("an output holds rows of every token")
+
+
+def _check_inside(plan: Plan, stop: fx.Node) -> None:
+    if stop not in plan.short:
+        raise Refusal("the cut does not reach the end of the last layer")
+
+
+def _trace(program: Program, cuts: list[Cut]) -> None:
+    """Return each cut's selection (original positions and validity) behind the caller's outputs."""
+    out = output_node(program.graph)
+    extra = [n for c in cuts for n in (c.after.origin, c.after.valid) if n is not None]
+    out.args = ((*outputs(program.graph), *extra),)
