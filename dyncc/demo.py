@@ -100,7 +100,7 @@ def _distill(model: Any, tokens: torch.Tensor, size: Size, progress: Progress | 
 
 def _encoder(size: Size, progress: Progress | None) -> Finding:
     """Dropping a sentence encoder's rows, through `dyncc.optimize`."""
-    passes = "evit{keep=0.5 layers=2}"
+    passes = "evit{keep=0.5 layers=2 fuse=false fill=zero}"  # zeros, so that the mean is over the kept rows
     model, tokenizer = load_minilm()
     batches = passages(tokenizer, size.sentence, 1, size.encoder_batches + 1)
     result = _bench(model, (), "MiniLM drops rows", size, progress, kwargs=batches[0], passes=passes, door=2)

@@ -1,6 +1,6 @@
 """Prune patches of a small vision transformer with random weights: the structure is what matters, and nothing has to be trained.
 
-python examples/vit_random.py --passes "evit{keep=0.5 layers=1,3}"
+python examples/vit_random.py --passes "evit{keep=0.5 layers=1,3 fuse=false}"
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dyncc
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Prune the model, print what was done, and return both outputs' shapes and the FLOPs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", default="evit{keep=0.5 layers=1,3}")
+    parser.add_argument("--passes", default="evit{keep=0.5 layers=1,3 fuse=false}")
     parser.add_argument("--engine", default="inductor")
     options = parser.parse_args(argv)
     torch.manual_seed(0)

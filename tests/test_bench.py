@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from dyncc import timing
-from dyncc.bench import bench
+from dyncc.bench import Variant, bench
 from dyncc.bench_result import BenchResult, rewrite_rows
 from dyncc.errors import DynccUsageError
 from dyncc.timing import Timings, paired, paired_ratio
@@ -210,3 +211,20 @@ def _result(first: dict[str, float] | None = None, own: dict[str, float] | None 
     first = first or {"inductor": 1.0, "dyncc": 1.0}
     timings = Timings(seconds={name: [1.0, 1.0] for name in first}, first=first)
     return BenchResult("a model", None, 1, "inductor", 2, timings, {}, list(rewrites), [], {"dense": 2 * 10**9}, own or {}, False, {})
+
+
+def test_first_calls_find_no_work_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("DYNCC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    seen: list[tuple[str | None, str | None]] = []
+
+    def build() -> Any:
+        seen.append((os.environ.get("DYNCC_CACHE_DIR"), os.environ.get("TORCHINDUCTOR_CACHE_DIR")))
+        return lambda: None
+
+    variant = Variant(build, (), {})
+    variant()
+    variant()
+    (ours, inductors), *again = seen
+    assert not again and ours != str(tmp_path) and inductors != str(tmp_path)
+    assert os.environ["DYNCC_CACHE_DIR"] == os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
