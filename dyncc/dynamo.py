@@ -91,8 +91,8 @@ def _frame() -> tuple[str, str | None]:
         return "", None
     identity = context.compile_id
     again = getattr(identity, "frame_compile_id", 0) or 0
-    reasons = [r for r in getattr(torch._dynamo.utils.get_metrics_context(), "_metrics", {}).get("recompile_reason", "").splitlines() if r.strip()]
-    return f"frame {identity}", (reasons[0].strip() if reasons else f"compilation {again} of this frame") if again else None
+    why = str(getattr(torch._dynamo.utils.get_metrics_context(), "_metrics", {}).get("recompile_reason") or "").strip()
+    return f"frame {identity}", (why.splitlines()[0] if why else f"compilation {again} of this frame") if again else None
 
 
 def _graph_break(gm: fx.GraphModule) -> str | None:

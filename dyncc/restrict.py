@@ -175,7 +175,8 @@ def shorten(axes: Axes, plan: Plan, cut: fx.Node | None, short_cut: fx.Node | No
     graph = next(iter(plan.short)).graph
     for node in [n for n in graph.nodes if n in plan.short and n is not cut or _reads_short(n, plan)]:
         if op_name(node) == "sym_size":
-            _answer_size(node, plan, full)
+            if node.args[0] is not cut:
+                _answer_size(node, plan, full)
             continue
         op, slots = axes.ops.get(node), operands(node)
         if op is None or (node not in plan.short and {s for s in slots if s in plan.short} == {stop}):
