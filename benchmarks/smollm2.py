@@ -6,10 +6,13 @@ decode   one token after 4,096 cached keys, with an all-ones mask and without, f
 prefill  prompts of 2,048 and 4,096 tokens, with an all-ones mask and without
 distill  `promptdistill` on a prompt of 4,096: time to first token, and what 16 documents lose in quality
 
-When K/V are expanded to all query heads: transformers' `use_gqa_in_sdpa` passes grouped keys on only where there is no mask, and while
-a graph is captured (torch < 2.14) a mask is always built, given one or not, since skipping it needs values. So the captured graphs
-repeat keys and values in every layer of every case below (unsqueeze, expand, reshape before the attention), whereas eager decode
-packs the query heads instead (`pack_gqa`) and eager prefill without a mask uses native grouped attention.
+When K/V are expanded to all query heads (transformers 5.23, torch 2.13, `integrations/sdpa_attention.py`): `use_gqa_in_sdpa` passes
+grouped keys on only where the attention gets no mask, so everything hangs on whether a mask is built.
+- torch.compile with an all-ones mask: its values cannot be read while compiling, so a mask is built and keys are repeated.
+- torch.compile without a mask: with a growing cache the attention is causal by flag and takes grouped keys; a preallocated cache needs a
+  mask, and a prompt read without a cache gets one against packed sequences; both repeat keys.
+- torch.export always builds a mask, given one or not, and repeats keys: unsqueeze, expand, reshape before each attention.
+- Eager skips an all-ones mask; for a single query behind a mask it packs the query heads instead (`pack_gqa`).
 """
 
 from __future__ import annotations
@@ -57,16 +60,32 @@ def prefill(model: Any, tokens: torch.Tensor, options: argparse.Namespace) -> li
 def distill(model: Any, tokens: torch.Tensor, options: argparse.Namespace) -> list[BenchResult]:
     """Prompt pruning from layer 14 on, by `dyncc.optimize`; the keys of all layers are returned."""
     ids = tokens[: options.prompt][None]
-    title = f"time to first token, {options.prompt} tokens"
-    result = _run(Prefill(model, keys=True), (ids,), title, options, passes=options.passes, door=2)
-    if "dyncc" in result.runs:
-        dense = result.runs.get("inductor", Prefill(model, keys=True))
-        found = compare_continuations(
-            model, dense, result.runs["dyncc"], tokens, options.prompt, options.ahead, options.documents, progress
-        )
-        result.quality["documents"] = found
+    ones = torch.ones_like(ids)
+    results = []
+    for label, mask in (("all-ones mask", ones), ("no mask", None)):
+        title = f"time to first token, {options.prompt} tokens, {label}"
+        result = _run(Prefill(model, keys=True), (ids, mask), title, options, passes=options.passes, door=2)
+        results.append(result)
+    runs = results[0].runs
+    if "dyncc" in runs:
+        found = _documents(model, runs, ones, tokens, options)
+        results[0].quality["documents"] = found
         print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items()))
-    return [result]
+    return results
+
+
+def _documents(model: Any, runs: dict[str, Any], mask: torch.Tensor, tokens: torch.Tensor, options: argparse.Namespace) -> dict[str, float]:
+    dense, pruned = runs.get("inductor", Prefill(model, keys=True)), runs["dyncc"]
+    return compare_continuations(
+        model,
+        lambda prompt: dense(prompt, mask),
+        lambda prompt: pruned(prompt, mask),
+        tokens,
+        options.prompt,
+        options.ahead,
+        options.documents,
+        progress,
+    )
 
 
 BENCHMARKS = {"decode": decode, "prefill": prefill, "distill": distill}

@@ -89,12 +89,22 @@ def _distill(model: Any, tokens: torch.Tensor, size: Size, progress: Progress | 
     passes = f"promptdistill{{layers=14 keep={size.keep}}}"
     ids = tokens[: size.prompt][None]
     module = Prefill(model, keys=True)
-    result = _bench(module, (ids,), "SmolLM2 drops prompt rows", size, progress, passes=passes, door=2)
+    mask = torch.ones_like(ids)  # `generate` always passes one
+    result = _bench(module, (ids, mask), "SmolLM2 drops prompt rows", size, progress, passes=passes, door=2)
     finding = Finding("SmolLM2 drops prompt rows", f"{size.prompt} tokens, {passes}, dyncc.optimize", result)
     if "dyncc" not in result.runs:
         return finding
-    dense = result.runs.get("inductor", module)
-    found = compare_continuations(model, dense, result.runs["dyncc"], tokens, size.prompt, size.ahead, size.decoder_documents, progress)
+    dense, pruned = result.runs.get("inductor", module), result.runs["dyncc"]
+    found = compare_continuations(
+        model,
+        lambda prompt: dense(prompt, mask),
+        lambda prompt: pruned(prompt, mask),
+        tokens,
+        size.prompt,
+        size.ahead,
+        size.decoder_documents,
+        progress,
+    )
     return Finding(finding.name, finding.setting, result, found)
 
 
