@@ -239,7 +239,9 @@ def _lengths(program: Program) -> str:
                     bounds = size.node.shape_env.bound_sympy(size.node.expr)
                     upper = "any" if not bounds.upper.is_Integer or bounds.upper > 1 << 40 else str(bounds.upper)
                     seen[str(size)] = f"{node.name}[{dim}] from {bounds.lower} to {upper} (measured at {size.node.hint})"
-    return "; ".join(seen.values()) or "the captured sizes only"
+    words = list(seen.values())
+    more = [f"{len(words) - 4} more sizes"] if len(words) > 4 else []
+    return "; ".join(words[:4] + more) or "the captured sizes only"
 
 
 def _difference(before: Program, after: Program) -> str:

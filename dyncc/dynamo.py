@@ -15,6 +15,7 @@ from dyncc.backends.inductor import compile_graph as plain_inductor
 from dyncc.capture import CaptureError, count, from_dynamo
 from dyncc.driver import rewrite
 from dyncc.errors import DynccUsageError, RefusedError
+from dyncc.ir import hint
 from dyncc.report import Report, add_report
 from dyncc.settings import Settings, settings_from
 
@@ -49,7 +50,8 @@ def _compile(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, 
     report.seconds["capture"] = time.perf_counter() - start
     if report.graph_break and count(program.graph, *ATTENTION_LIKE):
         settings = _without_layer_passes(settings, report)
-    outcome = rewrite(program, settings, [example_inputs], report)
+    example = [hint(v) if isinstance(v, torch.SymInt) else v for v in example_inputs]
+    outcome = rewrite(program, settings, [example], report)
     start = time.perf_counter()
     lowered = lower(settings.engine, outcome.program, example_inputs)
     report.seconds["lowering"] = time.perf_counter() - start

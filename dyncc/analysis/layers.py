@@ -50,13 +50,10 @@ def find_stacks(graph: fx.Graph, axes: Axes, regions: tuple[AttentionRegion, ...
     misses: list[str] = []
     for region in regions:
         axis, keys = axes.dims(region.q)[-2], axes.dims(region.v)[-2]
-        if axis and axis == keys:
-            groups.setdefault(axis, []).append(region)
-        elif keys:
-            tails.setdefault(keys, []).append(region)
-        else:
-            misses.append(f"attention {region.index} ({region.out.name}): its query and key axes have size 1")
-    misses += [f"attention {r.index} ({r.out.name}): no layers run over its keys" for a, rs in tails.items() if a not in groups for r in rs]
+        (groups if axis else tails).setdefault(axis or keys, []).append(region)
+    alone = [r for keys, members in tails.items() if keys not in groups for r in members]
+    if alone:
+        misses.append(f"{len(alone)} attentions of one query row ({alone[0].out.name}, ...) stand on no token axis")
     stacks = []
     for axis, members in groups.items():
         found = _stack(graph, axes, axis, members)
