@@ -95,7 +95,7 @@ class PruneTokens(Pass):
             at = layer.middle if self.site == "attention" else layer.end
             if kept is None:
                 kept = Kept.start(at, None if padding is None else lambda before: real_rows(before, padding), reads.computed)
-            fill, plan, stop = self._plan(program, axes, stack, layer, at, reads)
+            fill, plan, stop = self._plan(program, axes, stack, layer, at, reads, cuts)
             shortened |= _short_outputs(program, facts, plan, stop)
             cut = make_cut(self._for(layer, keep, reads), program, axes, stack, layer, at, stop, plan, fill, reads, kept)
             kept = cut.after
@@ -119,15 +119,17 @@ class PruneTokens(Pass):
                 "ask for the last position only (such as logits_to_keep=1)"
             )
 
-    def _plan(self, program: Program, axes: Axes, stack: Stack, layer: Layer, at: fx.Node, reads: Reads) -> tuple[str, Plan, fx.Node | None]:
-        """The fill and plan: `drop` if the outputs read kept rows only, else rows are put back behind the last layer."""
+    def _plan(
+        self, program: Program, axes: Axes, stack: Stack, layer: Layer, at: fx.Node, reads: Reads, earlier: list[Cut]
+    ) -> tuple[str, Plan, fx.Node | None]:
+        """The fill and plan: `drop` if the outputs read kept rows only, else rows are put back behind the last layer (as after an earlier cut)."""
         axis = axes.dims(at)[stack.dim]
         regions = (*(x.attention for x in stack.layers if x.index >= layer.index), *stack.tail)
 
         def harmless(node: fx.Node, read: Read) -> bool:
             return node in reads.nodes
 
-        if self.fill in ("auto", "drop"):
+        if self.fill in ("auto", "drop") and all(c.stop is None for c in earlier):
             try:
                 plan = plan_forward(axes, axis, at, stack.dim, None, regions, harmless)
                 _check_outputs(program, plan)
