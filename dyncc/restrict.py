@@ -17,7 +17,7 @@ from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes, Dim, OpAxes, Read, find
-from dyncc.ir import argument, emit, is_mutating, op_name, operands, refresh, replace_operands, shape, source_line
+from dyncc.ir import argument, emit, is_mutating, is_tensor, op_name, operands, refresh, replace_operands, shape, source_line
 
 SIZED = {"view", "reshape", "_unsafe_view", "expand"}
 
@@ -153,10 +153,19 @@ def _drop_partial(axes: Axes, plan: Plan, end: fx.Node) -> None:
                 del plan.short[node]
                 changed = True
                 continue
-            op = axes.ops[node]
-            if op.regroups and not _needed(axes, plan, node, op, operands(node), plan.short[node]):
+            if _picks_from_whole_list(plan, node) or _splits(axes, plan, node):
                 del plan.short[node]
                 changed = True
+
+
+def _picks_from_whole_list(plan: Plan, node: fx.Node) -> bool:
+    """A piece of a split that stays whole: the piece itself is sliced, the list cannot be."""
+    return any(not is_tensor(s) and s not in plan.short for s in operands(node)[:1] if op_name(node) == "getitem")
+
+
+def _splits(axes: Axes, plan: Plan, node: fx.Node) -> bool:
+    op = axes.ops[node]
+    return op.regroups and not _needed(axes, plan, node, op, operands(node), plan.short[node])
 
 
 Take = Callable[[fx.Node, fx.Node, set[int], fx.Node, int], fx.Node]
@@ -213,7 +222,7 @@ def _fold(node: fx.Node, size: int) -> None:
 def _meeting(axes: Axes, plan: Plan, node: fx.Node, op: OpAxes, slots: list[fx.Node]) -> dict[int, set[int]]:
     """Which dimensions of which slots must be short for the node to run short."""
     dims = plan.short.get(node, set())
-    found = {} if op.regroups else _needed(axes, plan, node, op, slots, dims)
+    found = _needed(axes, plan, node, op, slots, dims)
     for c in op.contracts:
         sides = ((c.slot, c.dim), (c.other, c.other_dim))
         if any(d in plan.short.get(slots[s], ()) for s, d in sides):

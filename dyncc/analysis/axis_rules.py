@@ -325,10 +325,11 @@ def embedding(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
 def cat(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     rank = len(shape(node))
     dim = _wrap(argument(node, "dim", 0), rank)
-    full = [s for s in range(len(slots)) if len(shape(slots[s])) == rank and not (isinstance(shape(slots[s])[dim], int) and shape(slots[s])[dim] == 0)]
+    alike = [s for s in range(len(slots)) if len(shape(slots[s])) == rank]
+    full = [s for s in alike if not (isinstance(shape(slots[s])[dim], int) and shape(slots[s])[dim] == 0)]
+    links = [Link(i, s, i) for s in alike for i in range(rank) if i != dim]
     if len(full) == 1:
-        return OpAxes(links=[Link(i, full[0], i) for i in range(rank)])
-    links = [Link(i, s, i) for s in full for i in range(rank) if i != dim]
+        return OpAxes(links=[*links, Link(dim, full[0], dim)])
     return OpAxes(links=links, reads=[Read(s, dim, "concatenates it with other rows") for s in full])
 
 
