@@ -41,6 +41,7 @@ class ZooModel:
     main_output: int = 0
     token_output: bool = True
     last_token_only: bool = False
+    all_positions: bool = False
     grouped_heads: bool = False
     attns: tuple[Attn, ...] = ("sdpa", "eager")
 
