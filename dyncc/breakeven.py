@@ -35,7 +35,7 @@ def check_break_even(optimized: Any, values: list[Any]) -> None:
         dense = lower(settings.engine, outcome.dense, [], dynamic=dynamic)
         known = {"ratio": paired_ratio(dense, now, values)}
         verdicts.put(name, known)
-        optimized._lowered = now
+        optimized._lowered = {outcome.program: now, outcome.dense: dense}
     ratio = known["ratio"]
     report.seconds["timing"] = time.perf_counter() - start
     for i, r in enumerate(report.rewrites):
@@ -53,7 +53,6 @@ def _take_back(optimized: Any, ratio: float) -> None:
             report.rewrites[i] = replace(r, applied=False, found=0, reason=reason, flops=(0, 0))
     report.flops["now"] = report.flops["dense"]
     optimized._outcome = Outcome(outcome.dense, outcome.dense, ())
-    optimized._lowered = None
 
 
 def paired_ratio(dense: Any, now: Any, values: list[Any]) -> float:

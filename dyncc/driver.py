@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from dyncc.analysis.facts import Facts, analyse
 from dyncc.errors import RefusedError
 from dyncc.evidence import beyond_tolerance, quality, run_isolated
 from dyncc.flops import count_flops
-from dyncc.ir import Program, source_line
+from dyncc.ir import Program, op_name, source_line
 from dyncc.pipeline import render
 from dyncc.report import Region, Report, Rewrite
 from dyncc.rewrite import Applied, Context, apply_pass, graph_text, promised_outputs
@@ -55,14 +56,15 @@ def rewrite(program: Program, settings: Settings, examples: Sequence[list[Any]],
     evidence = Evidence(program, settings, examples, report)
     current, cuts, steps = program, [], []
     for position, passed in enumerate(settings.passes):
-        start = time.perf_counter()
+        start = time.perf_counter() - evidence.seconds
         applied = _step(current, passed, evidence, position)
-        step = _record(passed, current, applied, evidence.measured.pop(position, {}), time.perf_counter() - start)
+        step = _record(passed, current, applied, evidence.measured.pop(position, {}), time.perf_counter() - evidence.seconds - start)
         report.rewrites.append(step)
         steps.append((passed, current))
         if applied.modified:
             dump.write(passed.name, applied.program, "")
             report.difference[step.text] = _difference(current, applied.program)
+            report.ops[step.text] = _op_difference(current, applied.program)
         cuts += applied.result.cuts if applied.modified else ()
         current = applied.program
     current = _settle_exact(current, steps, evidence, report)
@@ -247,6 +249,12 @@ def _lengths(program: Program) -> str:
 def _difference(before: Program, after: Program) -> str:
     lines = difflib.unified_diff(graph_text(before.graph).splitlines(), graph_text(after.graph).splitlines(), "before", "after", lineterm="", n=0)
     return "\n".join(lines)
+
+
+def _op_difference(before: Program, after: Program) -> dict[str, int]:
+    counts = Counter(op_name(n) for n in after.graph.nodes if n.op == "call_function")
+    counts.subtract(op_name(n) for n in before.graph.nodes if n.op == "call_function")
+    return {name: n for name, n in sorted(counts.items()) if n}
 
 
 class Dump:

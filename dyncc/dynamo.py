@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import ShortenTraceback
 
 from dyncc.backends import lower
 from dyncc.backends.inductor import compile_graph as plain_inductor
 from dyncc.capture import CaptureError, count, from_dynamo
 from dyncc.driver import rewrite
-from dyncc.errors import DynccUsageError, RefusedError
+from dyncc.errors import DynccError, DynccUsageError, RefusedError
 from dyncc.ir import hint
 from dyncc.report import Report, add_report
 from dyncc.settings import Settings, settings_from
@@ -29,7 +30,21 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options:
         DynccUsageError: an option or the pipeline text is wrong.
         RefusedError: under strict, when a pass was refused or the graph could not be captured.
     """
-    settings = settings_from(options)
+    try:
+        return _compile_or_fall_back(gm, example_inputs, settings_from(options))
+    except (DynccUsageError, RefusedError) as problem:
+        raise _unwrapped(problem) from None
+
+
+def _unwrapped(problem: DynccError) -> DynccError:
+    """The same error as one of the kind that Dynamo hands on as it is, and does not wrap into BackendCompilerFailed."""
+    kind = type(type(problem).__name__, (type(problem), ShortenTraceback), {"__module__": type(problem).__module__})
+    error: DynccError = kind.__new__(kind, *problem.args)
+    error.__dict__.update(problem.__dict__, first_useful_frame=None)
+    return error
+
+
+def _compile_or_fall_back(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
     report = Report(engine="inductor" if settings.engine == "auto" else settings.engine, evidence=settings.evidence)
     report.frame, report.recompiled = _frame()
     report.graph_break = _graph_break(gm)

@@ -163,3 +163,9 @@ class InputMismatch(DynccUsageError):
     """A call of an optimized model does not fit what was captured."""
 
     template = "{problem}; {hint}"
+
+
+class UnsupportedModel(DynccUsageError):
+    """The model carries something that dyncc does not understand: hooks, shards, quantised weights, adapters."""
+
+    template = "{what}, which dyncc does not understand; {hint}"

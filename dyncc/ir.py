@@ -27,7 +27,7 @@ class Input:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A captured model. `door` is 1 (torch.compile) or 2 (offline); `needs_grad` says that gradients will be asked for;
     `extra_outputs` is how many trailing outputs are not the caller's."""

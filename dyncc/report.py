@@ -38,7 +38,8 @@ class Rewrite:
 
 @dataclass
 class Report:
-    """All about one graph. `fallback` names why the plain engine runs instead; None when dyncc lowered the graph itself."""
+    """All about one graph. `fallback` names why the plain engine runs instead; None when dyncc lowered the graph itself.
+    `difference` holds each applied pass's graph difference as text, `ops` as a count of ops that came (+) and went (-)."""
 
     frame: str = ""
     number: int = 0
@@ -57,6 +58,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     difference: dict[str, str] = field(default_factory=dict)
+    ops: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -82,6 +84,8 @@ class Report:
             lines += [f"      missed: {m}" for m in r.misses]
             if r.evidence:
                 lines.append("      " + ", ".join(f"{k} {_show(v)}" for k, v in r.evidence.items()))
+            if r.applied and self.ops.get(r.text):
+                lines.append("      graph: " + ", ".join(f"{n:+d} {name}" for name, n in self.ops[r.text].items()))
             if r.applied and r.flops[0] and r.flops[0] != r.flops[1]:
                 lines.append(f"      FLOPs {r.flops[0]:,} -> {r.flops[1]:,} ({r.flops[1] / r.flops[0]:.1%})")
         if self.flops:

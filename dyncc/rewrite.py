@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from dyncc.analysis.facts import Facts, analyse
-from dyncc.ir import Program, drop_dead, is_tensor, op_name, outputs, same_size, shape, val
+from dyncc.ir import Program, drop_dead, fake_mode_of, is_tensor, op_name, outputs, same_size, shape, val
 from dyncc.restrict import Refusal
 
 VIEWS = {"view", "reshape", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "t", "alias", "detach", "unbind", "split"}
@@ -87,7 +88,26 @@ def _finish(before: Program, after: Program, result: PassResult) -> bool:
     after.graph.lint()
     after.module.recompile()
     check_outputs(before, after, result.shortened_outputs)
+    check_shapes(after.graph)
     return fingerprint(before.graph) != fingerprint(after.graph)
+
+
+def check_shapes(graph: fx.Graph) -> None:
+    """Propagate fake values through the whole graph again: every node must hold what its operands give.
+
+    Raises:
+        RuntimeError: a node's recorded shape or dtype is not what its operands give (a bug in a pass, never the user's fault).
+    """
+    mode = fake_mode_of(graph)
+    for node in graph.nodes:
+        if mode is None or not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), val)
+        with mode, torch.no_grad():
+            value = node.target(*args, **kwargs)
+        told = val(node)
+        if value.dtype != told.dtype or not all(same_size(a, b) for a, b in zip(value.shape, told.shape, strict=True)):
+            raise RuntimeError(f"{node.name} is recorded as {told.dtype}{list(told.shape)} but its operands give {value.dtype}{list(value.shape)}")
 
 
 def check_outputs(before: Program, after: Program, shortened: frozenset[int] = frozenset()) -> None:

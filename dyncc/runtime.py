@@ -19,6 +19,7 @@ from dyncc.options import check_engine, check_evidence
 from dyncc.pipeline import build
 from dyncc.report import Report, add_report
 from dyncc.settings import Settings
+from dyncc.surface import check_surface
 
 
 class Optimized:
@@ -28,7 +29,7 @@ class Optimized:
         self._outcome, self._signature, self.report = outcome, signature, report
         self._settings = settings
         self._dynamic = bool(_symbols(outcome.dense))
-        self._lowered: Any = None
+        self._lowered: dict[Program, Any] = {}
 
     @property
     def flops(self) -> int:
@@ -40,17 +41,23 @@ class Optimized:
         return self.report.flops["dense"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._lowered is None:
-            self._lowered = lower(self._settings.engine, self._outcome.program, [], dynamic=self._dynamic)
-        return self._run(self._lowered, args, kwargs)
+        flat = self._flat(args, kwargs)
+        program = self._outcome.dense if self._too_short(flat) else self._outcome.program
+        if program not in self._lowered:
+            self._lowered[program] = lower(self._settings.engine, program, [], dynamic=self._dynamic)
+        return self._run(self._lowered[program], flat)
+
+    def _too_short(self, flat: list[Any]) -> bool:
+        """Whether a count keeps every row of this call anyway: then the dense graph runs."""
+        return self._dynamic and any(isinstance(c.keep, int) and self._length(c, flat) <= c.keep for c in self._outcome.cuts[:1])
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
         """The rewritten graph, run eagerly."""
-        return self._run(self._outcome.program.module, args, kwargs)
+        return self._run(self._outcome.program.module, self._flat(args, kwargs))
 
     def dense(self, *args: Any, **kwargs: Any) -> Any:
         """The graph as captured, run eagerly."""
-        return self._run(self._outcome.dense.module, args, kwargs)
+        return self._run(self._outcome.dense.module, self._flat(args, kwargs))
 
     def masked(self, *args: Any, **kwargs: Any) -> Any:
         """The masked form: everything computed, what the selections left out hidden. Needs `optimize(..., masked=True)`.
@@ -78,9 +85,9 @@ class Optimized:
             return size
         return int(size.node.expr.xreplace(_bindings(self._outcome.dense, flat)))
 
-    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, function: Callable[..., Any], flat: list[Any]) -> Any:
         with torch.no_grad():
-            return self._shaped(list(function(*self._flat(args, kwargs))))
+            return self._shaped(list(function(*flat)))
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's tensors in the program's order, checked against what was captured."""
@@ -199,6 +206,7 @@ def optimize(
         RefusedError: under strict, when a pass was refused.
         CaptureError: torch.export cannot capture the model.
     """
+    check_surface(model)
     settings = Settings(build(passes), check_engine(engine), strict, check_evidence(evidence), dump_dir, masked, metric)
     report = Report(engine=engine, evidence=evidence, frame=type(model).__name__)
     add_report(report)

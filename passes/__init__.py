@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 
 PASSES: tuple[tuple[str, str], ...] = (
+    ("simplify-mask", "simplify_mask:SimplifyMask"),
     ("slice-last-token", "slice_last_token:SliceLastToken"),
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
     ("prune-tokens", "prune_tokens:PruneTokens"),
 )
 """Name and place of every pass, in their default order."""
 
-EXACT: tuple[str, ...] = ("slice-last-token", "drop-repeat-kv")
+EXACT: tuple[str, ...] = ("simplify-mask", "slice-last-token", "drop-repeat-kv")
 """What runs when no pipeline is given."""
 
 

@@ -49,6 +49,7 @@ class Cut:
     fill: str
     hidden_from: tuple[str, ...]
     fused: bool
+    keep: Any
     after: Kept
 
     def plain(self) -> Cut:
@@ -95,7 +96,7 @@ def make_cut(
         _put_back(plan, stop, at, index, after.valid, fill, options.fuse)
     regions = (*(x.attention for x in stack.layers), *stack.tail)
     hidden = tuple(r.core.name for r in regions if _sees_short_keys(r, plan))
-    return Cut(layer.index, at.name, None if stop is None else stop.name, fill, hidden, options.fuse, after)
+    return Cut(layer.index, at.name, None if stop is None else stop.name, fill, hidden, options.fuse, options.keep, after)
 
 
 def _sees_short_keys(region: AttentionRegion, plan: Plan) -> bool:
@@ -156,7 +157,7 @@ class _NoTake:
     """With a fused row no full-length operand can follow: it has no original position."""
 
     def __call__(self, before: fx.Node, operand: fx.Node, dims: set[int], user: fx.Node, slot: int) -> fx.Node:
-        raise Refusal(f"fuse=true makes a row without a position, but {user.name} needs {operand.name} at every row; use fuse=false")
+        raise Refusal(f"fuse=true makes a row without a position, but {user.name} needs {operand.name} at every row; use fuse=false, or put simplify-mask in front when it is a mask that hides nothing")
 
 
 def _size(before: fx.Node, node: fx.Node, dim: int) -> Any:

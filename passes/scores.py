@@ -110,13 +110,13 @@ def _probabilities(tap: Tap, rows: Callable[[Any], torch.Tensor]) -> fx.Node:
         return emit(tap.before, lambda p: p.index_select(2, rows(p.shape[2])).float().mean((1, 2)), region.softmax)
     sdpa = region.out
     q, k = _queries_keys(tap)
-    mask = region.mask
+    masks = operands(sdpa)[3:4]
     causal, scale = bool(argument(sdpa, "is_causal", False)), argument(sdpa, "scale")
 
     def score(q: torch.Tensor, k: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
         return attention_rows(q, k, rows(q.shape[2]), *masks, is_causal=causal, scale=scale).float().mean((1, 2))
 
-    return emit(tap.before, score, q, k, *([] if mask is None else [mask]))
+    return emit(tap.before, score, q, k, *masks)
 
 
 def _queries_keys(tap: Tap) -> tuple[fx.Node, fx.Node]:

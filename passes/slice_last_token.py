@@ -70,6 +70,8 @@ def _reads_fixed_rows(node: fx.Node, axes: Axes, axis: Any) -> bool:
 
 def _why_none(program: Any, facts: Facts) -> str:
     if not facts.stacks:
+        if any(same_size(shape(r.q)[-2], 1) for r in facts.attention):
+            return "every attention has one query row: there is no other row to leave out"
         return "no attention layers were found" if not facts.misses else facts.misses[0]
     whole = [n for n in outputs(program.graph) if isinstance(n, fx.Node) and any(facts.axes.places(n, s.axis) for s in facts.stacks)]
     if whole:
