@@ -153,7 +153,7 @@ class Evidence:
         self._dense: list[list[Any]] | None = None
         self.key = ""
         if settings.evidence != "off" and settings.passes:
-            text = f"{render(settings.passes)} {settings.evidence} {settings.engine} {_sample(self.examples)}"
+            text = f"{render(settings.passes)} {settings.evidence} {settings.engine} {dense.door} {dense.needs_grad} {_sample(self.examples)}"
             self.key = verdicts.key(graph_text(dense.graph), verdicts.sources(settings.passes), text)
         self.known = verdicts.get(self.key) if self.key and settings.metric is None else None
         report.cached = self.known is not None

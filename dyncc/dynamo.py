@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from dyncc.backends import lower
 from dyncc.backends.inductor import compile_graph as plain_inductor
@@ -115,10 +116,11 @@ def _frame() -> tuple[str, str | None]:
 def _graph_break(gm: fx.GraphModule) -> str | None:
     """The source line at which Dynamo cut the model, when this graph is one of its parts."""
     reason = getattr(gm, "compile_subgraph_reason", None)
+    stack = getattr(reason, "user_stack", None) or []
     if reason is not None and getattr(reason, "graph_break", False):
-        stack = getattr(reason, "user_stack", None) or []
         place = f"{stack[-1].filename.rsplit('/', 1)[-1]}:{stack[-1].lineno}" if stack else "unknown line"
         return f"{place}: {str(reason.reason).strip().splitlines()[0]}"
-    if any("stack0" in n.name for n in gm.graph.nodes if n.op == "placeholder"):
-        return "this graph continues behind an earlier break"
+    resumed = next((f for f in stack if f.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)), None)
+    if resumed is not None:
+        return f"{resumed.filename.rsplit('/', 1)[-1]}:{resumed.name.rsplit('_', 1)[-1]}: this graph continues behind an earlier break"
     return None

@@ -62,7 +62,7 @@ def make_cut(
     """Edit the graph for one cut and say what it did."""
     before = _first_use(at, plan, kept)
     axis, batch = axes.dims(at)[stack.dim], axes.dims(at)[0]
-    tap = Tap(before, at, layer.attention, axes, axis, options.window, options.seed)
+    tap = Tap(before, at, layer.attention, axes, axis, options.window, options.seed, kept.valid)
     score = SCORES[options.score](tap)
     first = max(options.sinks, 1 if options.score == "cls-attention" else 0)
     pinned = (reads.first, reads.last)

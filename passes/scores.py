@@ -5,7 +5,7 @@ Each score is a function of the layer's attention region and the residual stream
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import fx
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes, Dim
 from dyncc.ir import argument, emit, operands, shape
-from dyncc.kernels.attention_rows import attention_row_logits, attention_rows
+from dyncc.kernels.attention_rows import attention_row_logits, attention_rows, take_rows
 from dyncc.restrict import Refusal
 
 PROBES = 64
@@ -23,7 +23,7 @@ PROBES = 64
 
 @dataclass(frozen=True)
 class Tap:
-    """What a score may read: the cut's hidden rows [B, T, C] and the attention of the layer that ends there."""
+    """What a score may read: the cut's hidden rows [B, T, C], which of them are real, and the attention of the layer that ends there."""
 
     before: fx.Node
     hidden: fx.Node
@@ -32,26 +32,32 @@ class Tap:
     axis: Dim
     window: int
     seed: int
+    valid: fx.Node | None = None
 
 
 def cls_attention(tap: Tap) -> fx.Node:
     """Mean over heads of the first row's attention (EViT)."""
-    return _probabilities(tap, lambda t: torch.zeros(1, dtype=torch.int64))
+    return _probabilities(tap, lambda total, count: torch.arange(1) * count)
 
 
 def last_attention(tap: Tap) -> fx.Node:
     """Mean over heads of the last row's attention (LazyLLM)."""
-    return _probabilities(tap, lambda t: torch.arange(1) + (t - 1))
+    return _probabilities(tap, lambda total, count: torch.arange(1) + (count - 1))
 
 
 def last_window_attention(tap: Tap) -> fx.Node:
     """Mean over heads and the last `window` rows (SnapKV's observation window)."""
-    return _probabilities(tap, lambda t: torch.arange(torch.sym_min(tap.window, t)) + (t - torch.sym_min(tap.window, t)))
+    return _probabilities(tap, lambda total, count: torch.arange(torch.sym_min(tap.window, total)) + (count - torch.sym_min(tap.window, total)))
 
 
 def received_attention(tap: Tap) -> fx.Node:
     """Attention received from up to 64 evenly spaced query rows, all of them when there are no more (SpAtten, ZipVL's probes)."""
-    return _probabilities(tap, lambda t: torch.arange(torch.sym_min(PROBES, t)) * t // torch.sym_min(PROBES, t))
+
+    def rows(total: Any, count: Any) -> torch.Tensor:
+        many = count.clamp(min=1, max=PROBES) if isinstance(count, torch.Tensor) else torch.sym_min(PROBES, count)
+        return torch.arange(torch.sym_min(PROBES, total)) * count // many
+
+    return _probabilities(tap, rows)
 
 
 def last_logits(tap: Tap) -> fx.Node:
@@ -102,21 +108,40 @@ SCORES: dict[str, Callable[[Tap], fx.Node]] = {
 }
 
 
-def _probabilities(tap: Tap, rows: Callable[[Any], torch.Tensor]) -> fx.Node:
-    """Mean probabilities of some rows, from q and k when fused, read off the softmax when it is spelled out."""
-    region = tap.region
+def _probabilities(tap: Tap, rows: Callable[[Any, Any], torch.Tensor]) -> fx.Node:
+    """Mean probabilities of some rows, from q and k when fused, read off the softmax when it is spelled out.
+
+    Args:
+        rows: `rows(total, count)` counts real rows only: it gives ranks among them, [R] of `count` rows or [B, R] of `count` [B, 1]; those
+            outside of 0..count-1 have no say. So padding, wherever it stands, changes no score.
+    """
+    region, valid = tap.region, [] if tap.valid is None else [tap.valid]
     if region.softmax is not None:
         _four_dims(region.softmax)
-        return emit(tap.before, lambda p: p.index_select(2, rows(p.shape[2])).float().mean((1, 2)), region.softmax)
+        return emit(tap.before, lambda p, *valid: _mean_rows(p.shape[2], rows, valid, lambda at: take_rows(p, at)), region.softmax, *valid)
     sdpa = region.out
     q, k = _queries_keys(tap)
     masks = operands(sdpa)[3:4]
     causal, scale = bool(argument(sdpa, "is_causal", False)), argument(sdpa, "scale")
 
-    def score(q: torch.Tensor, k: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
-        return attention_rows(q, k, rows(q.shape[2]), *masks, is_causal=causal, scale=scale).float().mean((1, 2))
+    def score(q: torch.Tensor, k: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        mask = rest[0] if masks else None
+        return _mean_rows(q.shape[2], rows, rest[len(masks) :], lambda at: attention_rows(q, k, at, mask, is_causal=causal, scale=scale))
 
-    return emit(tap.before, score, q, k, *masks)
+    return emit(tap.before, score, q, k, *masks, *valid)
+
+
+def _mean_rows(total: Any, rows: Callable[[Any, Any], torch.Tensor], valid: Sequence[torch.Tensor], picked: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Mean over heads and chosen rows; `picked` gives [B, H, R, T] for row positions."""
+    if not valid:
+        return picked(rows(total, total)).float().mean((1, 2))
+    count = valid[0].sum(1, keepdim=True)
+    ranks = rows(total, count)
+    inside = (ranks >= 0) & (ranks < count)
+    real_first = torch.sort((~valid[0]).to(torch.int8), dim=1, stable=True).indices
+    probabilities = picked(real_first.gather(1, ranks.clamp(min=0).minimum(count - 1).clamp(min=0))).float().mean(1)
+    seen = torch.where(inside.unsqueeze(-1), probabilities, 0.0).sum(1)
+    return seen / inside.sum(1, keepdim=True).clamp(min=1)
 
 
 def _queries_keys(tap: Tap) -> tuple[fx.Node, fx.Node]:
