@@ -6,7 +6,7 @@ from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes, Dim
-from dyncc.ir import ancestors, emit, is_tensor, op_name, shape, val
+from dyncc.ir import ancestors, emit, is_tensor, op_name, operands, shape, val
 from dyncc.restrict import Refusal
 
 
@@ -37,7 +37,13 @@ def _only_its_size(node: fx.Node, masks: list[fx.Node]) -> bool:
 def _is_positions(node: fx.Node, regions: list[AttentionRegion]) -> bool:
     """Whether the input reaches the first layer's queries other than by counting (rotary tables do): then it is no mask."""
     turned = ancestors([regions[0].q])
-    return any(u in turned and op_name(u) not in ("sym_size", "to", "cumsum", "ne") for u in node.users)
+    return any(u in turned and op_name(u) not in ("sym_size", "to", "cumsum", "ne") and not _times_its_count(u, node) for u in node.users)
+
+
+def _times_its_count(user: fx.Node, node: fx.Node) -> bool:
+    """cumsum(mask) * mask: positions counted over the real tokens."""
+    others = [s for s in operands(user) if s is not node]
+    return op_name(user) == "mul" and all(op_name(s) == "cumsum" and operands(s)[0] is node for s in others)
 
 
 def real_rows(before: fx.Node, source: fx.Node) -> fx.Node:
