@@ -5,11 +5,11 @@ from __future__ import annotations
 import make_coverage as coverage
 import pytest
 import zoo_runs
-from zoo import CASE_NAMES, CASES
+from zoo import CASES, every_case
 from zoo_model import Attn, ZooModel
 
 
-@pytest.mark.parametrize(("model", "attn"), CASES, ids=CASE_NAMES)
+@pytest.mark.parametrize(("model", "attn"), every_case())
 def test_no_row_turned_from_applied_to_refused(model: ZooModel, attn: Attn) -> None:
     recorded = {coverage.key(row): row for row in coverage.checked_in()}
     for row in coverage.rows_of(model, attn):
@@ -18,7 +18,7 @@ def test_no_row_turned_from_applied_to_refused(model: ZooModel, attn: Attn) -> N
         assert row["expected"] == then["expected"]
 
 
-@pytest.mark.parametrize(("model", "attn"), CASES, ids=CASE_NAMES)
+@pytest.mark.parametrize(("model", "attn"), every_case())
 def test_exact_passes_agree_with_eager_and_fire_no_more_than_expected(model: ZooModel, attn: Attn) -> None:
     for name, run in zoo_runs.exact(model.name, attn).items():
         assert run.applied <= zoo_runs.expected_exact(model, name)

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import zoo_runs
-from zoo import CASE_NAMES, CASES, ZOO, by_name
+from zoo import ZOO, alternating, by_name, every_case
 from zoo_model import Attn, ZooModel, relative_error
 
 TOLERANCE = 1e-5
-HALF = "keep=0.5 layers=1 score={score}"
+NORM, HALF = "hidden-norm", "keep=0.5 layers=1 score={score}"
 ARCHITECTURES_THAT_MUST_APPLY = 16
-REFUSED: dict[tuple[str, str], str] = {}
-"""(model, score) -> words of the refusal, for the pairs that dyncc rightly refuses."""
-
-SCORES: tuple[tuple[ZooModel, Attn, str], ...] = tuple(
-    (model, attn, score)
-    for model, attn in CASES
-    for score, applies in (
-        ("cls-attention", model.has_cls),
-        ("last-window-attention", model.causal),
-        ("received-attention", model.family in ("encoder", "vision", "audio") and not model.causal),
-    )
-    if applies
+ALL_POSITIONS = (
+    "output 0 of this autoregressive model covers all positions, and which tokens stay depends on later ones; "
+    "ask for the last position only (such as logits_to_keep=1)"
 )
-SCORE_NAMES = tuple(f"{model.name}-{attn}-{score}" for model, attn, score in SCORES)
+
+
+def _fits(model: ZooModel, score: str) -> bool:
+    if score == "cls-attention":
+        return model.has_cls
+    if score == "last-window-attention":
+        return model.causal
+    return model.family in ("encoder", "vision", "audio") and not model.causal
+
+
+def _by_attention() -> list[Any]:
+    """Each model with the attention scores that fit it."""
+    scores = ("cls-attention", "last-window-attention", "received-attention")
+    return [case for turn, score in enumerate(scores) for case in alternating(turn, score) if _fits(case.values[0], score)]
+
+
+def _with_mask(cases: list[Any]) -> list[Any]:
+    return [case for case in cases if case.values[0].has_mask]
 
 
 def _check(model: ZooModel, attn: str, score: str, padding: bool = False) -> None:
     run = zoo_runs.prune(model.name, attn, HALF.format(score=score), padding)
-    refusal = REFUSED.get((model.name, score))
-    if refusal is not None:
-        assert not run.applied and refusal in run.reason
+    if model.all_positions:
+        assert not run.applied and run.reason == ALL_POSITIONS and run.flops == run.dense_flops
         return
     assert run.applied, run.reason
     assert run.same_shapes
@@ -39,41 +48,39 @@ def _check(model: ZooModel, attn: str, score: str, padding: bool = False) -> Non
     assert run.flops < run.dense_flops
 
 
-@pytest.mark.parametrize(("model", "attn"), CASES, ids=CASE_NAMES)
+@pytest.mark.parametrize(("model", "attn"), alternating(1))
 def test_keeping_every_token_agrees_with_dense(model: ZooModel, attn: Attn) -> None:
-    run = zoo_runs.prune(model.name, attn, "keep=1.0 layers=1 score=hidden-norm")
-    if (model.name, "hidden-norm") not in REFUSED:
-        assert run.applied, run.reason
+    run = zoo_runs.prune(model.name, attn, f"keep=1.0 layers=1 score={NORM}")
+    reason = ALL_POSITIONS if model.all_positions else "keep=1.0 keeps every token: nothing to remove"
+    assert run.applied != model.all_positions and run.reason == reason
     assert run.error_to_dense <= TOLERANCE
 
 
-@pytest.mark.parametrize(("model", "attn"), CASES, ids=CASE_NAMES)
+@pytest.mark.parametrize(("model", "attn"), every_case())
 def test_half_by_hidden_norm_equals_its_masked_form_and_costs_less(model: ZooModel, attn: Attn) -> None:
-    _check(model, attn, "hidden-norm")
+    _check(model, attn, NORM)
 
 
-@pytest.mark.parametrize(("model", "attn"), [c for c in CASES if c[0].has_mask], ids=[f"{m.name}-{a}" for m, a in CASES if m.has_mask])
+@pytest.mark.parametrize(("model", "attn"), _with_mask(alternating(0)))
 def test_half_of_padded_rows_equals_its_masked_form(model: ZooModel, attn: Attn) -> None:
-    _check(model, attn, "hidden-norm", padding=True)
+    _check(model, attn, NORM, padding=True)
 
 
-@pytest.mark.parametrize(("model", "attn", "score"), SCORES, ids=SCORE_NAMES)
+@pytest.mark.parametrize(("model", "attn", "score"), _by_attention())
 def test_half_by_attention_equals_its_masked_form_and_costs_less(model: ZooModel, attn: Attn, score: str) -> None:
     _check(model, attn, score)
 
 
 def test_enough_architectures_are_pruned() -> None:
-    applied = {model.name for model in ZOO if (model.name, "hidden-norm") not in REFUSED}
-    assert len(applied) >= ARCHITECTURES_THAT_MUST_APPLY
+    applied = {model.architecture for model in ZOO if zoo_runs.prune(model.name, model.attns[0], HALF.format(score=NORM)).applied}
+    assert len(applied) >= ARCHITECTURES_THAT_MUST_APPLY, sorted(applied)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "clip-text", "llama-last", "t5-encoder", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "vit", "clip-text", "llama-last", "t5-encoder", "gpt2-classifier"])
 def test_half_follows_a_dynamic_batch_and_length(name: str) -> None:
     model = by_name(name)
-    if (name, "hidden-norm") in REFUSED:
-        pytest.fail(f"{name} is refused: take another model here")
     with torch.no_grad():
-        text = "prune-tokens{keep=0.5 layers=1 score=hidden-norm}"
+        text = f"prune-tokens{{{HALF.format(score=NORM)}}}"
         optimized, _, _ = zoo_runs.optimize(model, "sdpa", text, padding=model.has_mask, dynamic=True, masked=True)
         other = model.inputs(batch=4, length=17, seed=5, padding=model.has_mask)
         assert optimized.report.rewrites[0].applied, optimized.report.rewrites[0].reason
@@ -81,8 +88,8 @@ def test_half_follows_a_dynamic_batch_and_length(name: str) -> None:
 
 
 def test_several_layers_cost_less_than_one() -> None:
-    one = zoo_runs.prune("bert", "sdpa", HALF.format(score="hidden-norm"))
-    two = zoo_runs.prune("bert", "sdpa", "keep=0.5 layers=1,2 score=hidden-norm")
+    one = zoo_runs.prune("bert", "sdpa", HALF.format(score=NORM))
+    two = zoo_runs.prune("bert", "sdpa", f"keep=0.5 layers=1,2 score={NORM}")
     assert two.applied and two.flops < one.flops and two.error_to_masked <= TOLERANCE
 
 

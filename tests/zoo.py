@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from zoo_decoders import DECODERS
 from zoo_encoders import ENCODERS
 from zoo_model import Attn, ZooModel
@@ -9,9 +12,24 @@ from zoo_vision import VISION
 
 ZOO: tuple[ZooModel, ...] = (*ENCODERS, *VISION, *DECODERS)
 CASES: tuple[tuple[ZooModel, Attn], ...] = tuple((model, attn) for model in ZOO for attn in model.attns)
-CASE_NAMES: tuple[str, ...] = tuple(f"{model.name}-{attn}" for model, attn in CASES)
 
 
 def by_name(name: str) -> ZooModel:
     """The zoo's model of that name."""
     return next(model for model in ZOO if model.name == name)
+
+
+def every_case() -> list[Any]:
+    """Each model in each form of attention, as pytest parameters."""
+    return [pytest.param(model, attn, id=f"{model.name}-{attn}") for model, attn in CASES]
+
+
+def alternating(start: int, *more: Any) -> list[Any]:
+    """`every_case`, but one form of attention a model in the quick tests (the form alternates, the first model takes form `start`)."""
+    return [
+        pytest.param(model, attn, *more, id="-".join([model.name, attn, *more]), marks=_marks(model, attn, start)) for model, attn in CASES
+    ]
+
+
+def _marks(model: ZooModel, attn: Attn, start: int) -> Any:
+    return () if attn == model.attns[(start + ZOO.index(model)) % len(model.attns)] else pytest.mark.full

@@ -75,12 +75,12 @@ def _whole(name: str, make: Make, **flags: Any) -> ZooModel:
 
 def _last(name: str, make: Make, **flags: Any) -> ZooModel:
     """A language model that returns the logits of its last position."""
-    flags = {"causal": True, "token_output": False, "last_token_only": True, **flags}
+    flags = {"causal": True, "fixed_rows": True, **flags}
     return ZooModel(f"{name}-last", _logits(make, logits_to_keep=1), feed.text_left, feed.dynamic_text, "decoder", **flags)
 
 
 def _classifier(name: str, make: Make, **flags: Any) -> ZooModel:
-    return ZooModel(name, _logits(make), feed.text, feed.dynamic_text, "decoder", causal=True, token_output=False, **flags)
+    return ZooModel(name, _logits(make), feed.text, feed.dynamic_text, "decoder", causal=True, **flags)
 
 
 _HEAD_DIM = HIDDEN // HEADS

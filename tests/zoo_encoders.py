@@ -58,7 +58,7 @@ def whisper_encoder(attn: str, layers: int) -> nn.Module:
 
 ENCODERS: tuple[ZooModel, ...] = (
     ZooModel("bert", bert, feed.text, feed.dynamic_text, "encoder", has_cls=True),
-    ZooModel("bert-classifier", bert_classifier, feed.text, feed.dynamic_text, "encoder", has_cls=True, token_output=False),
+    ZooModel("bert-classifier", bert_classifier, feed.text, feed.dynamic_text, "encoder", has_cls=True, fixed_rows=True),
     ZooModel("roberta", roberta, feed.text, feed.dynamic_text, "encoder", has_cls=True),
     ZooModel("distilbert", distilbert, feed.text, feed.dynamic_text, "encoder", has_cls=True),
     ZooModel("t5-encoder", t5_encoder, feed.text, feed.dynamic_text, "encoder"),

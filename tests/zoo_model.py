@@ -6,6 +6,7 @@ Sizes are chosen so that no two axes can be told apart by luck alone: batch 3, 1
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,13 +20,19 @@ IMAGE, PATCH = 20, 4
 PATCHES = (IMAGE // PATCH) ** 2
 PAD, BOS, EOS = 1, 97, 98
 
+VARIANT = re.compile("-(last|classifier|text|vision|encoder)$")
+
 Attn = Literal["sdpa", "eager"]
 Inputs = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """One architecture: how to build it, how to feed it, and what its config says should be found in its graph."""
+    """One architecture: how to build it, how to feed it, and what its config says should be found in its graph.
+
+    `fixed_rows`: the outputs read the first or the last row only, behind at least one tower. `all_positions`: a causal model's output
+    covers every position.
+    """
 
     name: str
     make: Callable[[str, int], nn.Module]
@@ -38,12 +45,15 @@ class ZooModel:
     causal: bool = False
     has_cls: bool = False
     has_mask: bool = True
-    main_output: int = 0
-    token_output: bool = True
-    last_token_only: bool = False
+    fixed_rows: bool = False
     all_positions: bool = False
     grouped_heads: bool = False
     attns: tuple[Attn, ...] = ("sdpa", "eager")
+
+    @property
+    def architecture(self) -> str:
+        """The name without the task: variants of one model count once."""
+        return VARIANT.sub("", self.name)
 
     def build(self, attn: Attn = "sdpa", layers: int = LAYERS) -> nn.Module:
         """The model in eval mode, with every parameter (biases and norms too) moved off its initial value by a fixed seed."""

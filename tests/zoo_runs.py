@@ -79,5 +79,5 @@ def exact(name: str, attn: str) -> dict[str, ExactRun]:
 def expected_exact(model: ZooModel, name: str) -> int:
     """How often an exact pass should fire, from the model's config alone."""
     if name == "slice-last-token":
-        return int(model.last_token_only)
+        return int(model.fixed_rows)
     return LAYERS if model.grouped_heads else 0
