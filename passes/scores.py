@@ -47,7 +47,13 @@ def last_attention(tap: Tap) -> fx.Node:
 
 def last_window_attention(tap: Tap) -> fx.Node:
     """Mean over heads and the last `window` rows (SnapKV's observation window)."""
-    return _probabilities(tap, lambda total, count: torch.arange(torch.sym_min(tap.window, total)) + (count - torch.sym_min(tap.window, total)))
+
+
+    def rows(total: Any, count: Any) -> torch.Tensor:
+        width = torch.sym_min(tap.window, total)
+        return torch.arange(width) + (count - width)
+
+    return _probabilities(tap, rows)
 
 
 def received_attention(tap: Tap) -> fx.Node:
@@ -131,7 +137,9 @@ def _probabilities(tap: Tap, rows: Callable[[Any, Any], torch.Tensor]) -> fx.Nod
     return emit(tap.before, score, q, k, *masks, *valid)
 
 
-def _mean_rows(total: Any, rows: Callable[[Any, Any], torch.Tensor], valid: Sequence[torch.Tensor], picked: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _mean_rows(
+    total: Any, rows: Callable[[Any, Any], torch.Tensor], valid: Sequence[torch.Tensor], picked: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Mean over heads and chosen rows; `picked` gives [B, H, R, T] for row positions."""
     if not valid:
         return picked(rows(total, total)).float().mean((1, 2))
