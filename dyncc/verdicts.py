@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -54,6 +55,15 @@ def _version(package: str) -> str:
         return "none"
 
 
+@functools.cache
+def _own_code() -> str:
+    """A digest of dyncc's own files: a verdict that other analyses led to says nothing about these."""
+    specs = (importlib.util.find_spec(name) for name in ("dyncc", "dyncc.passes", "dyncc.kernels"))
+    roots = {Path(place) for spec in specs if spec is not None for place in spec.submodule_search_locations or ()}
+    files = sorted({file for root in roots for file in root.rglob("*.py")})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def sources(passes: Iterable[object]) -> tuple[str, ...]:
     """The text of the file of each pass, in order: an edited pass is a new pass."""
     files = (sys.modules[type(passed).__module__].__file__ for passed in passes)
@@ -62,7 +72,7 @@ def sources(passes: Iterable[object]) -> tuple[str, ...]:
 
 def key(graph: str, pass_sources: Iterable[str], options: str) -> str:
     """The name of a verdict: everything that could change it, hashed."""
-    versions = [_version("torch"), _version("dyncc")]
+    versions = [_version("torch"), _version("dyncc"), _own_code()]
     parts = [_FORMAT, graph, list(pass_sources), options, versions, cpu_model()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -1,7 +1,8 @@
-"""Makes the test helpers beside this file importable (`from zoo import ZOO`) and names the marker of long tests."""
+"""Makes the test helpers beside this file importable (`from zoo import ZOO`), names the marker of long tests, keeps verdicts to one run."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,3 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_configure(config: pytest.Config) -> None:
     """`-m "not full"` is `make test`; everything is `make test-full`."""
     config.addinivalue_line("markers", "full: takes minutes; part of `make test-full` only")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_verdicts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No verdict of an earlier run decides a test."""
+    os.environ["DYNCC_CACHE_DIR"] = str(tmp_path_factory.mktemp("verdicts"))

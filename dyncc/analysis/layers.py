@@ -79,7 +79,8 @@ def _stack(graph: fx.Graph, axes: Axes, axis: Dim, members: list[AttentionRegion
     failures: list[str] = []
     for source in _sources(inside, order):
         chain = _dominators(source, sink, inside)
-        spine = [n for n in sorted(chain, key=lambda n: order[n]) if n.op == "call_function" and len(axes.places(n, axis)) == 1]
+        chain = {n for n in chain if is_tensor(n) and val(n).is_floating_point() and len(axes.places(n, axis)) == 1}
+        spine = sorted(chain, key=lambda n: order[n])
         found = _layers(axes, axis, members, spine, sink, order)
         if isinstance(found, Stack):
             return found
@@ -94,7 +95,7 @@ def _sources(inside: set[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
 
 
 def _dominators(source: fx.Node, sink: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that every path from one input to the sink goes through."""
+    """The nodes that every path from one input to the sink goes through, the input (it may hold the embedded tokens) among them."""
     reach = descendants(source) & inside
     flow = nx.DiGraph()
     flow.add_node(source)
@@ -103,8 +104,8 @@ def _dominators(source: fx.Node, sink: fx.Node, inside: set[fx.Node]) -> set[fx.
     if sink not in flow or not nx.has_path(flow, source, sink):
         return set()
     tree = nx.immediate_dominators(flow.subgraph(nx.descendants(flow, source) | {source}), source)
-    chain, node = set(), sink
-    while node is not None and node is not source:
+    chain, node = {source}, sink
+    while node is not source:
         chain.add(node)
         node = tree[node]
     return chain
