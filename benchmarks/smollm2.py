@@ -28,7 +28,7 @@ from dyncc.bench_result import BenchResult
 from dyncc.decoding import Decode, Prefill, StaticDecode, compare_continuations
 from dyncc.models import english_tokens, load_smollm2
 
-DISTILL = "promptdistill{layers=14 keep=1024}"
+DISTILL = "simplify-mask promptdistill{layers=14 keep=1024} slice-last-token drop-repeat-kv"
 
 
 def decode(model: Any, tokens: torch.Tensor, options: argparse.Namespace) -> list[BenchResult]:

@@ -45,7 +45,7 @@ def _replace(node: fx.Node, function) -> None:  # type: ignore[no-untyped-def]
     fx.node.map_arg(node.args, lambda n: tensors.append(n) or n)
     if node.target is aten.addmm.default and len(shape(tensors[0])) != 1:
         return
-    new = emit(node, function, *tensors)
+    new = emit(node, function, *tensors, pre_dispatch=node.target is not aten.einsum.default)
     new.meta = {**node.meta, "val": new.meta["val"]}
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)

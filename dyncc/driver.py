@@ -54,20 +54,27 @@ def rewrite(program: Program, settings: Settings, examples: Sequence[list[Any]],
     dump = Dump(settings.dump_dir, report)
     dump.write("captured", program, facts.dump())
     evidence = Evidence(program, settings, examples, report)
-    current, cuts, steps = program, [], []
+    current, cuts = program, []
+    open_exact = Segment(program, [])
     for position, passed in enumerate(settings.passes):
+        if not passed.exact:
+            current = _close(open_exact, current, settings, evidence, report)
         start = time.perf_counter() - evidence.seconds
         applied = _step(current, passed, evidence, position)
-        step = _record(passed, current, applied, evidence.measured.pop(position, {}), time.perf_counter() - evidence.seconds - start)
+        seconds = time.perf_counter() - evidence.seconds - start
+        step = _record(passed, current, applied, evidence.measured.pop(position, {}), seconds)
         report.rewrites.append(step)
-        steps.append((passed, current))
         if applied.modified:
             dump.write(passed.name, applied.program, "")
             report.difference[step.text] = _difference(current, applied.program)
             report.ops[step.text] = _op_difference(current, applied.program)
-        cuts += applied.result.cuts if applied.modified else ()
+            cuts += applied.result.cuts
         current = applied.program
-    current = _settle_exact(current, steps, evidence, report)
+        if not passed.exact:
+            open_exact = Segment(current, [])
+        elif applied.modified:
+            open_exact.positions.append(position)
+    current = _close(open_exact, current, settings, evidence, report)
     evidence.remember(report)
     report.seconds["passes"] = sum(r.seconds for r in report.rewrites)
     report.seconds["evidence"] = evidence.seconds
@@ -95,39 +102,36 @@ def _step(current: Program, passed: Any, evidence: Evidence, position: int) -> A
     return applied
 
 
-def _settle_exact(current: Program, steps: list[tuple[Any, Program]], evidence: Evidence, report: Report) -> Program:
-    """Check all exact passes at once on the caller's inputs; when the sum is out of tolerance, find the guilty one and undo it."""
-    exact = [i for i, (p, _) in enumerate(steps) if p.exact and report.rewrites[i].applied and report.rewrites[i].nodes[0]]
-    lossy = [i for i, (p, _) in enumerate(steps) if not p.exact and report.rewrites[i].applied]
-    if not exact or evidence.settings.evidence == "off" or evidence.known:
+@dataclass(frozen=True)
+class Segment:
+    """Exact passes in a row: the program in front of them and their positions in the pipeline."""
+
+    start: Program
+    positions: list[int]
+
+
+def _close(segment: Segment, current: Program, settings: Settings, evidence: Evidence, report: Report) -> Program:
+    """Check the exact passes of a segment at once on the caller's inputs; when the sum is out of tolerance, find the guilty and undo them."""
+    if not segment.positions or settings.evidence == "off" or evidence.known:
         return current
-    last = steps[exact[-1] + 1][1] if exact[-1] + 1 < len(steps) else current
-    if not any(i < exact[-1] for i in lossy):
-        error, words = evidence.judge_exact(last)
-        if not words:
-            _note(report, exact, error)
-            return current
-    return _bisect(steps, evidence, report)
+    error, words = evidence.judge_exact(current, segment.start)
+    if not words:
+        for i in segment.positions:
+            report.rewrites[i] = replace(report.rewrites[i], evidence={"error": error})
+        return current
+    return _bisect(segment, settings, evidence, report)
 
 
-def _note(report: Report, positions: list[int], error: float) -> None:
-    for i in positions:
-        report.rewrites[i] = replace(report.rewrites[i], evidence={**report.rewrites[i].evidence, "error": error})
-
-
-def _bisect(steps: list[tuple[Any, Program]], evidence: Evidence, report: Report) -> Program:
-    """Apply the passes again one by one, each judged against the program in front of it, leaving out those out of tolerance."""
-    current = steps[0][1]
-    for i, (passed, _) in enumerate(steps):
-        if not report.rewrites[i].applied:
+def _bisect(segment: Segment, settings: Settings, evidence: Evidence, report: Report) -> Program:
+    """Apply the segment again pass by pass, leaving out each that is out of tolerance by itself."""
+    current = segment.start
+    for i in segment.positions:
+        applied = apply_pass(current, settings.passes[i], Context(trace=settings.trace))
+        error, words = evidence.judge_exact(applied.program, current)
+        if words:
+            report.rewrites[i] = replace(report.rewrites[i], applied=False, found=0, reason=f"undone: {words}", flops=(0, 0))
             continue
-        applied = apply_pass(current, passed, Context(trace=evidence.settings.trace))
-        if passed.exact and applied.modified:
-            error, words = evidence.judge_exact(applied.program, current)
-            if words:
-                report.rewrites[i] = replace(report.rewrites[i], applied=False, found=0, reason=f"undone: {words}", flops=(0, 0))
-                continue
-            _note(report, [i], error)
+        report.rewrites[i] = replace(report.rewrites[i], evidence={"error": error})
         current = applied.program
     return current
 
@@ -150,7 +154,8 @@ class Evidence:
         self.measured: dict[int, dict[str, Any]] = {}
         self.seconds = 0.0
         self.mutates = bool(analyse(dense).mutated)
-        self._dense: list[list[Any]] | None = None
+        self._results: dict[Program, list[list[Any]]] = {}
+        self._last = dense
         self.key = ""
         if settings.evidence != "off" and settings.passes:
             text = f"{render(settings.passes)} {settings.evidence} {settings.engine} {dense.door} {dense.needs_grad} {_sample(self.examples)}"
@@ -170,22 +175,24 @@ class Evidence:
             rows = [{"applied": r.applied, "reason": r.reason, "evidence": r.evidence} for r in report.rewrites]
             verdicts.put(self.key, {"rewrites": rows})
 
-    def run(self, program: Program, values: list[Any]) -> list[Any]:
+    def run(self, program: Program) -> list[list[Any]]:
+        """The caller's outputs for every example; those of the dense and of the last program are kept."""
+        if program not in self._results:
+            kept = {p: r for p, r in self._results.items() if p is self.dense or p is self._last}
+            self._results = {**kept, program: [self._run_one(program, values) for values in self.examples]}
+            self._last = program
+        return self._results[program]
+
+    def _run_one(self, program: Program, values: list[Any]) -> list[Any]:
         results, seconds = run_isolated(program.module, values, self.mutates)
         self.seconds += seconds
-        extra = program.extra_outputs
-        return [r for i, r in enumerate(results) if not promised_outputs(program) <= i < promised_outputs(program) + extra]
+        promised = promised_outputs(program)
+        return [r for i, r in enumerate(results) if not promised <= i < promised + program.extra_outputs]
 
-    def dense_results(self) -> list[list[Any]]:
-        if self._dense is None:
-            self._dense = [self.run(self.dense, values) for values in self.examples]
-        return self._dense
-
-    def judge_exact(self, program: Program, against: Program | None = None) -> tuple[float, str]:
+    def judge_exact(self, program: Program, against: Program) -> tuple[float, str]:
         worst, words = 0.0, ""
-        for i, values in enumerate(self.examples):
-            dense = self.dense_results()[i] if against is None else self.run(against, values)
-            error, problem = beyond_tolerance(dense, self.run(program, values))
+        for before, now in zip(self.run(against), self.run(program), strict=True):
+            error, problem = beyond_tolerance(before, now)
             worst, words = max(worst, error), words or problem
         return worst, words
 
@@ -194,8 +201,7 @@ class Evidence:
         if self.settings.evidence == "off" or self.known is not None:
             return
         figures: dict[str, Any] = {"examples": len(self.examples)}
-        for i, values in enumerate(self.examples):
-            dense, now = self.dense_results()[i], self.run(program, values)
+        for dense, now in zip(self.run(self.dense), self.run(program), strict=True):
             measured = {"metric": self.settings.metric(dense, now)} if self.settings.metric else quality(dense, now)
             for name, value in measured.items():
                 worse = max if name in ("error", "kl") else min

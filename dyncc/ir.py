@@ -149,10 +149,10 @@ def refresh(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)
 
 
-def emit(before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
+def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch: bool = True) -> Any:
     """Trace `function` on the fake values of `args` and insert its ops before a node; returns the node(s) of its result.
 
-    `args` may be nodes or plain values; plain values reach the function as they are.
+    `args` may be nodes or plain values; plain values reach the function as they are. Without `pre_dispatch`, composite ops are written out.
     """
     graph = before.graph
     nodes = [a for a in args if isinstance(a, fx.Node)]
@@ -164,7 +164,7 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
     mode = fake_mode_of(graph)
     values = [n.meta["val"] for n in nodes]
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
-        traced = make_fx(on_values, tracing_mode="real", pre_dispatch=True)(*values)
+        traced = make_fx(on_values, tracing_mode="real", pre_dispatch=pre_dispatch)(*values)
     env: dict[fx.Node, Any] = {}
     stream = iter(nodes)
     result: Any = None

@@ -8,6 +8,7 @@ views follow, and fake values are recomputed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes, Dim, OpAxes, Read, find
 from dyncc.ir import argument, emit, is_mutating, is_tensor, op_name, operands, refresh, replace_operands, shape, source_line
 
+IT = re.compile(r"\bit\b")
 SIZED = {"view", "reshape", "_unsafe_view", "expand"}
 
 
@@ -78,7 +80,7 @@ def plan_forward(
             raise Refusal(f"{where(node)} writes in place along the token axis")
         for read in op.reads:
             if read.dim in plan.short.get(slots[read.slot], ()) and not (node in inside and "softmax" in read.why) and not harmless(node, read):
-                raise Refusal(f"{where(node)} {read.why.replace('it', 'the token axis', 1)}")
+                raise Refusal(f"{where(node)} {IT.sub('the token axis', read.why, count=1)}")
         for c in op.contracts:
             a, b = plan.short.get(slots[c.slot], ()), plan.short.get(slots[c.other], ())
             if (c.dim in a or c.other_dim in b) and node not in inside:

@@ -69,6 +69,8 @@ def make_cut(
     extra = [n for n in (kept.valid, kept.force) if n is not None]
     total = shape(at)[stack.dim]
     fixed = max(first, pinned[0]) + max(options.recents, pinned[1])
+    if options.fuse and (options.recents or reads.last):
+        raise Refusal("fuse=true puts its row at the end, but the last rows must stay where they are")
     if not is_symbolic(total) and isinstance(options.keep, int) and options.keep < fixed:
         raise Refusal(f"keep={options.keep} is fewer than the {fixed} rows that must stay")
 
@@ -84,6 +86,7 @@ def make_cut(
     short = emit(before, lambda x, i: gather_rows(x, i, 1, 0 if batch else None), at, index)
     if options.fuse:
         short = emit(before, _fused, short, at, score, index, *([] if kept.valid is None else [kept.valid]))
+        after = _with_fused_row(before, after)
     count = _size(before, short, 1)
     take = _NoTake() if options.fuse else TakeRows(axes, plan, index, batch)
     full = total if not is_symbolic(total) else _size(before, at, 1)
@@ -151,6 +154,17 @@ def _fused(short: torch.Tensor, hidden: torch.Tensor, score: torch.Tensor, index
     gone = torch.ones_like(score).scatter(1, index, 0.0)
     weight = score * gone * (valid[0] if valid else 1.0)
     return torch.cat([short, (weight.to(hidden.dtype).unsqueeze(1) @ hidden)], 1)
+
+
+def _with_fused_row(before: fx.Node, kept: Kept) -> Kept:
+    """The fused row is real, may go at a later cut, and has no original position."""
+
+    def longer(rows: torch.Tensor, value: bool) -> torch.Tensor:
+        return torch.cat([rows, torch.full_like(rows[:, :1], value)], 1)
+
+    valid = None if kept.valid is None else emit(before, longer, kept.valid, True)
+    force = None if kept.force is None else emit(before, longer, kept.force, False)
+    return Kept(valid, force, None)
 
 
 class _NoTake:
