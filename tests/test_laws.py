@@ -68,7 +68,7 @@ def policies(draw: st.DrawFn, **limits: Any) -> tuple[Tiny, str, bool]:
 
 
 # law 1: identity
-@examples(10)
+@examples(8)
 @given(tinies(), st.booleans())
 def test_keeping_the_ratio_of_one_is_the_dense_model_bit_for_bit(tiny: Tiny, padded: bool) -> None:
     model, values = tiny.build(), inputs(tiny, 2, LENGTH, padded)
@@ -97,7 +97,7 @@ def test_running_fewer_rows_is_masking_them(policy: tuple[Tiny, str, bool]) -> N
     assert same(tiny, made.masked(*values), made(*values))
 
 
-@examples(5)
+@examples(4)
 @given(policies())
 def test_running_fewer_rows_is_masking_them_at_any_length(policy: tuple[Tiny, str, bool]) -> None:
     tiny, options, padded = policy
@@ -124,7 +124,7 @@ def test_permuting_the_batch_permutes_the_outputs(policy: tuple[Tiny, str, bool]
     assert same(tiny, made(*values)[order], made(*(v[order] for v in values)))
 
 
-@examples(8)
+@examples(6)
 @given(policies(returns=("first", "last")))
 def test_padding_and_other_rows_change_nothing(policy: tuple[Tiny, str, bool]) -> None:
     tiny, options, _ = policy
@@ -195,7 +195,7 @@ def test_exact_passes_keep_causality(tiny: Tiny) -> None:
 
 
 # law 6: the prefill of T tokens is T steps with a cache
-@examples(4)
+@examples(3)
 @given(tinies("decoder", fixed={"keys": True, "dtype": torch.float32}))
 def test_prefill_equals_step_by_step_with_the_cache(tiny: Tiny) -> None:
     model, (ids,) = tiny.build(), inputs(tiny, 2, 7)
@@ -208,7 +208,7 @@ def test_prefill_equals_step_by_step_with_the_cache(tiny: Tiny) -> None:
 
 
 # law 7: cost
-@examples(6)
+@examples(4)
 @given(tinies(fixed={"layers": 3, "dtype": torch.float32}), st.booleans(), st.data())
 def test_cost_falls_with_the_budget(tiny: Tiny, padded: bool, data: st.DataObject) -> None:
     model, values, score = tiny.build(), inputs(tiny, 2, 24, padded), score_of(data.draw, tiny)
@@ -286,7 +286,7 @@ class Counting(torch.nn.Module):
         self.calls += 1
         history.add_(ids)
         logits = self.inner(ids)
-        self.mean.lerp_(logits.float().mean(), 0.1)
+        self.mean.lerp_(logits.float().square().mean(), 0.1)
         return torch.nn.functional.dropout(logits, 0.2) + self.calls
 
 
