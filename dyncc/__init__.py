@@ -28,8 +28,8 @@ _PLACES = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "DynccError", "DynccUsageError", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite", "explain", "list_passes", "optimize",
-    "reports",
+    "DynccError", "DynccUsageError", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite", "explain", "list_passes",
+    "optimize", "reports",
 ]  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def check_break_even(optimized: Any, values: list[Any]) -> None:
     The ratio dense/now is stored with the verdicts, so that the next process measures nothing.
     """
     outcome, settings, report = optimized._outcome, optimized._settings, optimized.report
-    name = verdicts.key(graph_text(outcome.dense.graph), verdicts.sources(settings.passes), f"{render(settings.passes)} timed {settings.engine}")
+    options = f"{render(settings.passes)} timed {settings.engine}"
+    name = verdicts.key(graph_text(outcome.dense.graph), verdicts.sources(settings.passes), options)
     known = verdicts.get(name)
     start = time.perf_counter()
     dynamic = optimized._dynamic
@@ -47,7 +48,8 @@ def check_break_even(optimized: Any, values: list[Any]) -> None:
 
 def _take_back(optimized: Any, ratio: float) -> None:
     report, outcome = optimized.report, optimized._outcome
-    reason = f"it costs more than it saves: the pipeline runs at {ratio:.2f} times the dense graph's speed, measured at the example's sizes ({report.lengths})"
+    measured = f"the pipeline runs at {ratio:.2f} times the dense graph's speed"
+    reason = f"it costs more than it saves: {measured}, measured at the example's sizes ({report.lengths})"
     for i, r in enumerate(report.rewrites):
         if r.applied and r.nodes[0]:
             report.rewrites[i] = replace(r, applied=False, found=0, reason=reason, flops=(0, 0))

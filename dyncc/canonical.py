@@ -7,11 +7,13 @@ out; inlined grad-mode regions of an inference export lose their wrapper.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
-from dyncc.ir import argument, aten, drop_dead, emit, is_mutating, is_tensor, op_name, outputs, same_size, shape
+from dyncc.ir import argument, aten, drop_dead, emit, is_mutating, is_tensor, op_name, operands, outputs, same_size, shape
 
 HIGHER_ORDER = torch.ops.higher_order
 
@@ -21,12 +23,15 @@ def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
     graph = module.graph
     if inference:
         _inline_grad_regions(module)
-    mutated = any(is_mutating(n) for n in graph.nodes)
+    mutated = any(is_mutating(n) and n.target is not aten.detach_.default for n in graph.nodes)
     returned = {n for n in outputs(graph) if isinstance(n, fx.Node)}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if op_name(node) in ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size") and inference:
+        if inference and node.target is aten.detach_.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif op_name(node) in ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size") and inference:
             graph.erase_node(node)
         elif node not in returned and (source := _same_as(node, mutated)) is not None:
             node.replace_all_uses_with(source)
@@ -40,9 +45,8 @@ def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
     module.recompile()
 
 
-def _replace(node: fx.Node, function) -> None:  # type: ignore[no-untyped-def]
-    tensors: list[fx.Node] = []
-    fx.node.map_arg(node.args, lambda n: tensors.append(n) or n)
+def _replace(node: fx.Node, function: Callable[..., Any]) -> None:
+    tensors = operands(node)
     if node.target is aten.addmm.default and len(shape(tensors[0])) != 1:
         return
     new = emit(node, function, *tensors, pre_dispatch=node.target is not aten.einsum.default)
@@ -51,7 +55,7 @@ def _replace(node: fx.Node, function) -> None:  # type: ignore[no-untyped-def]
     node.graph.erase_node(node)
 
 
-def _einsum(node: fx.Node):  # type: ignore[no-untyped-def]
+def _einsum(node: fx.Node) -> Callable[..., Any]:
     equation = node.args[0]
     return lambda *tensors: aten.einsum.default.decompose(equation, list(tensors))
 

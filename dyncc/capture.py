@@ -20,6 +20,7 @@ from dyncc.canonical import canonicalise
 from dyncc.errors import DynccError
 from dyncc.ir import Input, Program, is_tensor, op_name, output_node
 
+
 class CaptureError(DynccError):
     """The model cannot be brought into the IR; the message says what stands in the way."""
 
@@ -120,16 +121,18 @@ def from_exported(exported: torch.export.ExportedProgram) -> tuple[Program, Sign
     """An exported program (pre-dispatch, as torch.export gives it) as a Program and its signature."""
     module = fx.GraphModule(exported.graph_module, fx.Graph())
     graph = module.graph
-    graph.output(graph.graph_copy(exported.graph, values := {}))
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(exported.graph, values))
     for old, new in values.items():
         new.meta = dict(old.meta)
     sig = exported.graph_signature
     kinds = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant", "USER_INPUT": "input"}
-    specs = {spec.arg.name: spec for spec in sig.input_specs}
+    named = {spec.arg.name: spec for spec in sig.input_specs}
+    specs = {new: named[old.name] for old, new in values.items() if old.op == "placeholder"}
     inputs, state, leaves, constants, names = [], [], [], [], []
     position = 0
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        spec = specs[node.name]
+        spec = specs[node]
         kind = kinds.get(spec.kind.name)
         if kind is None:
             raise CaptureError(f"the exported program takes a {spec.kind.name.lower().replace('_', ' ')}")

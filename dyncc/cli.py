@@ -80,9 +80,11 @@ def explain(
 
         loaded = load(model)
         with torch.no_grad():
-            settings = {"passes": passes, "engine": engine, "evidence": evidence, "strict": strict}
             dump = str(folder) if folder else None
-            report = dyncc.optimize(loaded.model, loaded.args, loaded.kwargs, **settings, dump_dir=dump).report
+            optimized = dyncc.optimize(
+                loaded.model, loaded.args, loaded.kwargs, passes=passes, engine=engine, evidence=evidence, strict=strict, dump_dir=dump
+            )
+            report = optimized.report
     _print_json(report.to_dict()) if as_json else _print(str(report))
     return FAILED if report.fallback else DONE
 

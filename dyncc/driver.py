@@ -54,7 +54,7 @@ def rewrite(program: Program, settings: Settings, examples: Sequence[list[Any]],
     dump = Dump(settings.dump_dir, report)
     dump.write("captured", program, facts.dump())
     evidence = Evidence(program, settings, examples, report)
-    current, cuts = program, []
+    current, cuts = program, list[Any]()
     open_exact = Segment(program, [])
     for position, passed in enumerate(settings.passes):
         if not passed.exact:
@@ -111,7 +111,7 @@ class Segment:
 
 
 def _close(segment: Segment, current: Program, settings: Settings, evidence: Evidence, report: Report) -> Program:
-    """Check the exact passes of a segment at once on the caller's inputs; when the sum is out of tolerance, find the guilty and undo them."""
+    """Check the exact passes of a segment at once on the caller's inputs; where the sum is out of tolerance, undo the guilty."""
     if not segment.positions or settings.evidence == "off" or evidence.known:
         return current
     error, words = evidence.judge_exact(current, segment.start)
@@ -140,10 +140,9 @@ def _record(passed: Any, before: Program, applied: Applied, measured: dict[str, 
     result = applied.result
     nodes = (len(before.graph.nodes), len(applied.program.graph.nodes)) if applied.modified else (0, 0)
     flops = (count_flops(before.graph), count_flops(applied.program.graph)) if applied.modified else (0, 0)
-    return Rewrite(
-        passed.name, render([passed]), applied.applied, applied.reason, passed.exact, result.found if applied.applied else 0, result.expected,
-        result.misses, measured, nodes, flops, seconds,
-    )
+    found = result.found if applied.applied else 0
+    outcome = (applied.applied, applied.reason, passed.exact, found, result.expected, result.misses)
+    return Rewrite(passed.name, render([passed]), *outcome, measured, nodes, flops, seconds)
 
 
 class Evidence:
@@ -158,7 +157,8 @@ class Evidence:
         self._last = dense
         self.key = ""
         if settings.evidence != "off" and settings.passes:
-            text = f"{render(settings.passes)} {settings.evidence} {settings.engine} {dense.door} {dense.needs_grad} {_sample(self.examples)}"
+            surroundings = f"{settings.evidence} {settings.engine} {dense.door} {dense.needs_grad}"
+            text = f"{render(settings.passes)} {surroundings} {_sample(self.examples)}"
             self.key = verdicts.key(graph_text(dense.graph), verdicts.sources(settings.passes), text)
         self.known = verdicts.get(self.key) if self.key and settings.metric is None else None
         report.cached = self.known is not None
@@ -232,9 +232,10 @@ def describe(program: Program, facts: Facts, report: Report) -> None:
         report.regions.append(Region("attention", region.out.name, region.index, kind, source_line(region.out)))
     for stack in facts.stacks:
         for layer in stack.layers:
-            report.regions.append(Region("layer", layer.end.name, layer.index, f"{layer.start.name} to {layer.end.name}", source_line(layer.end)))
-            if layer.middle is not layer.end:
-                report.regions.append(Region("mlp", layer.end.name, layer.index, f"{layer.middle.name} to {layer.end.name}", source_line(layer.end)))
+            starts = {"layer": layer.start} if layer.middle is layer.end else {"layer": layer.start, "mlp": layer.middle}
+            for kind, start in starts.items():
+                span = f"{start.name} to {layer.end.name}"
+                report.regions.append(Region(kind, layer.end.name, layer.index, span, source_line(layer.end)))
 
 
 def _lengths(program: Program) -> str:
@@ -253,8 +254,8 @@ def _lengths(program: Program) -> str:
 
 
 def _difference(before: Program, after: Program) -> str:
-    lines = difflib.unified_diff(graph_text(before.graph).splitlines(), graph_text(after.graph).splitlines(), "before", "after", lineterm="", n=0)
-    return "\n".join(lines)
+    old, new = graph_text(before.graph).splitlines(), graph_text(after.graph).splitlines()
+    return "\n".join(difflib.unified_diff(old, new, "before", "after", lineterm="", n=0))
 
 
 def _op_difference(before: Program, after: Program) -> dict[str, int]:

@@ -24,7 +24,9 @@ from dyncc.settings import Settings, settings_from
 ATTENTION_LIKE = ("scaled_dot_product_attention", "softmax", "_softmax")
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
     """torch.compile(model, backend="dyncc", options={"passes": TEXT, "engine": ..., "strict": ..., "evidence": ..., "dump_dir": ...}).
 
     Raises:
@@ -93,12 +95,15 @@ def _without_layer_passes(settings: Settings, report: Report) -> Settings:
     return replace(settings, passes=tuple(kept))
 
 
-def _fall_back(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report, reason: str, *, quiet: bool) -> Callable[..., Any]:
+def _fall_back(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report, reason: str, *, quiet: bool
+) -> Callable[..., Any]:
     report.fallback = reason
     if settings.strict:
         raise RefusedError(f"graph {report.number} goes to the plain engine: {reason}")
     if not quiet:
-        warnings.warn(f"dyncc could not compile graph {report.number} and runs it plainly ({reason}); see dyncc.reports()[{report.number}]", stacklevel=2)
+        words = f"dyncc could not compile graph {report.number} and runs it plainly ({reason}); see dyncc.reports()[{report.number}]"
+        warnings.warn(words, stacklevel=2)
     return gm.forward if settings.engine == "reference" else plain_inductor(gm, list(example_inputs))
 
 

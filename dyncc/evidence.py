@@ -75,7 +75,7 @@ def beyond_tolerance(dense: Sequence[Any], other: Sequence[Any]) -> tuple[float,
 
 
 def quality(dense: Sequence[Any], other: Sequence[Any]) -> dict[str, float]:
-    """How far the first comparable float output moved: worst error, cosine of the rows, and KL and top-1 agreement when it looks like logits."""
+    """How far the first comparable float output moved: worst error, cosine of the rows, and KL and top-1 agreement for logits."""
     for a, b in zip(dense, other, strict=False):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point() and a.shape == b.shape and a.dim() > 1:
             x, y = a.float().flatten(0, -2), b.float().flatten(0, -2)

@@ -45,7 +45,8 @@ class Program:
     def copy(self) -> Program:
         """A program whose graph can be edited without touching this one; fake values are shared."""
         graph = fx.Graph()
-        copied = graph.graph_copy(self.graph, val_map := {})
+        val_map: dict[fx.Node, fx.Node] = {}
+        copied = graph.graph_copy(self.graph, val_map)
         if not any(n.op == "output" for n in graph.nodes):
             graph.output(copied)
         old, new = output_node(self.graph), output_node(graph)
@@ -112,7 +113,12 @@ def drop_dead(graph: fx.Graph) -> None:
 def operands(node: fx.Node) -> list[fx.Node]:
     """The node's node arguments in order of appearance, repeats kept: a position in this list is a *slot*."""
     found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+
+    def note(operand: fx.Node) -> fx.Node:
+        found.append(operand)
+        return operand
+
+    fx.node.map_arg((node.args, node.kwargs), note)
     return found
 
 
@@ -188,7 +194,8 @@ def constant(before: fx.Node, tensor: torch.Tensor) -> fx.Node:
     if tensor.numel() != 1:
         raise ValueError("emitted code may hold scalar constants only")
     with before.graph.inserting_before(before):
-        node = before.graph.call_function(aten.full.default, (list(tensor.shape), tensor.item()), {"dtype": tensor.dtype, "device": tensor.device})
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        node = before.graph.call_function(aten.full.default, (list(tensor.shape), tensor.item()), options)
     refresh(node)
     return node
 

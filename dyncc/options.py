@@ -162,7 +162,6 @@ _CONVERTERS: dict[Any, Callable[[str, str], Any]] = {
 }
 
 
-@functools.cache
 def types_of(kind: Any) -> dict[str, Any]:
     """Option name -> declared type of a pass class; names that start with `_` are no options."""
     hints = typing.get_type_hints(kind, include_extras=True)

@@ -50,15 +50,20 @@ def short_slots(axes: Axes, plan: Plan, node: fx.Node, op: OpAxes, slots: list[f
 
 def _regrouped(axes: Axes, plan: Plan, source: fx.Node, node: fx.Node) -> set[int]:
     """A view keeps its atoms in order, so the k-th occurrence of the axis going in is the k-th coming out."""
-    before = [i for i in axes.places(source, plan.axis)]
-    after = [i for i in axes.places(node, plan.axis)]
+    before, after = axes.places(source, plan.axis), axes.places(node, plan.axis)
     if len(before) != len(after):
         raise Refusal(f"{where(node)} splits the token axis")
     return {b for a, b in zip(before, after, strict=True) if a in plan.short[source]}
 
 
 def plan_forward(
-    axes: Axes, axis: Dim, cut: fx.Node, dim: int, stop: fx.Node | None, regions: tuple[AttentionRegion, ...], harmless: Callable[[fx.Node, Read], bool]
+    axes: Axes,
+    axis: Dim,
+    cut: fx.Node,
+    dim: int,
+    stop: fx.Node | None,
+    regions: tuple[AttentionRegion, ...],
+    harmless: Callable[[fx.Node, Read], bool],
 ) -> Plan:
     """Everything after `cut` that carries the axis runs short, up to and including `stop` (None: to the end of the graph).
 
@@ -79,7 +84,8 @@ def plan_forward(
         if is_mutating(node):
             raise Refusal(f"{where(node)} writes in place along the token axis")
         for read in op.reads:
-            if read.dim in plan.short.get(slots[read.slot], ()) and not (node in inside and "softmax" in read.why) and not harmless(node, read):
+            allowed = (node in inside and "softmax" in read.why) or harmless(node, read)
+            if read.dim in plan.short.get(slots[read.slot], ()) and not allowed:
                 raise Refusal(f"{where(node)} {IT.sub('the token axis', read.why, count=1)}")
         for c in op.contracts:
             a, b = plan.short.get(slots[c.slot], ()), plan.short.get(slots[c.other], ())
@@ -173,7 +179,17 @@ def _splits(axes: Axes, plan: Plan, node: fx.Node) -> bool:
 Take = Callable[[fx.Node, fx.Node, set[int], fx.Node, int], fx.Node]
 
 
-def shorten(axes: Axes, plan: Plan, cut: fx.Node | None, short_cut: fx.Node | None, count: Any, batch: Any, take: Take, full: Any, stop: fx.Node | None = None) -> None:
+def shorten(
+    axes: Axes,
+    plan: Plan,
+    cut: fx.Node | None,
+    short_cut: fx.Node | None,
+    count: Any,
+    batch: Any,
+    take: Take,
+    full: Any,
+    stop: fx.Node | None = None,
+) -> None:
     """Edit the graph so that the plan's nodes run short.
 
     Args:
@@ -184,7 +200,7 @@ def shorten(axes: Axes, plan: Plan, cut: fx.Node | None, short_cut: fx.Node | No
         stop: the last short node of a forward plan; the caller puts its rows back for whoever reads it behind.
     """
     graph = next(iter(plan.short)).graph
-    for node in [n for n in graph.nodes if n in plan.short and n is not cut or _reads_short(n, plan)]:
+    for node in [n for n in graph.nodes if (n in plan.short and n is not cut) or _reads_short(n, plan)]:
         if op_name(node) == "sym_size":
             if node.args[0] is not cut:
                 _answer_size(node, plan, full)
@@ -280,7 +296,8 @@ def gather_rows(value: torch.Tensor, index: torch.Tensor, dim: int, batch_dim: i
     sizes = list(value.shape)
     sizes[dim] = index.shape[1]
     sizes[batch_dim] = index.shape[0]
-    return value.expand(*[s if i == batch_dim else -1 for i, s in enumerate(sizes)]).gather(dim, _oriented(index, batch_dim, dim).view(view).expand(sizes))
+    batched = value.expand(*[s if i == batch_dim else -1 for i, s in enumerate(sizes)])
+    return batched.gather(dim, _oriented(index, batch_dim, dim).view(view).expand(sizes))
 
 
 def _oriented(index: torch.Tensor, batch_dim: int, dim: int) -> torch.Tensor:
@@ -295,7 +312,8 @@ class TakeRows:
         self.made: dict[tuple[fx.Node, frozenset[int], int], fx.Node] = {}
 
     def __call__(self, before: fx.Node, operand: fx.Node, dims: set[int], user: fx.Node, slot: int) -> fx.Node:
-        if any(find(self.axes.dims(operand)[d], self.plan.axis) != 0 or len(self.axes.dims(operand)[d]) != len(self.plan.axis) for d in dims):
+        merged = [d for d in (self.axes.dims(operand)[i] for i in dims) if find(d, self.plan.axis) != 0 or len(d) != len(self.plan.axis)]
+        if merged:
             raise Refusal(f"{where(user)} meets {operand.name}, whose rows are merged with another axis")
         place, pad = self._batch_place(operand, user)
         key = (operand, frozenset(dims), pad)

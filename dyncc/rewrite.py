@@ -12,12 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dyncc.analysis.facts import Facts, analyse
 from dyncc.ir import Program, drop_dead, fake_mode_of, is_tensor, op_name, outputs, same_size, shape, val
 from dyncc.restrict import Refusal
 
-VIEWS = {"view", "reshape", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "t", "alias", "detach", "unbind", "split"}
+VIEWS = {
+    "view", "reshape", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "t", "alias", "detach", "unbind",
+    "split",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass:
-    """A rewrite. Subclasses are frozen dataclasses whose fields are their options; `exact` says that results may differ by rounding only."""
+    """A rewrite. Subclasses are frozen dataclasses whose fields are their options; `exact`: results differ by rounding only."""
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -102,12 +106,15 @@ def check_shapes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if mode is None or not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if any(isinstance(val(n), FakeTensor) and val(n).fake_mode is not mode for n in node.all_input_nodes):
+            continue  # a constant that capture lifted under a mode of its own
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), val)
         with mode, torch.no_grad():
             value = node.target(*args, **kwargs)
         told = val(node)
         if value.dtype != told.dtype or not all(same_size(a, b) for a, b in zip(value.shape, told.shape, strict=True)):
-            raise RuntimeError(f"{node.name} is recorded as {told.dtype}{list(told.shape)} but its operands give {value.dtype}{list(value.shape)}")
+            found = f"{value.dtype}{list(value.shape)}"
+            raise RuntimeError(f"{node.name} is recorded as {told.dtype}{list(told.shape)} but its operands give {found}")
 
 
 def check_outputs(before: Program, after: Program, shortened: frozenset[int] = frozenset()) -> None:

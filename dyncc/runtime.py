@@ -95,10 +95,12 @@ class Optimized:
         kwargs = _ordered(kwargs, signature.in_spec)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != signature.in_spec:
-            raise InputMismatch(problem=f"the call has {len(leaves)} values in another arrangement than the example", hint="pass the same arguments, positional and by keyword, as at optimize()")
+            problem = f"the call has {len(leaves)} values in another arrangement than the example"
+            raise InputMismatch(problem=problem, hint="pass the same arguments, positional and by keyword, as at optimize()")
         for position, value in signature.constants:
             if not _same_constant(leaves[position], value):
-                raise InputMismatch(problem=f"argument {position} was {value!r} when captured and is {leaves[position]!r} now", hint="optimize again for another value")
+                problem = f"argument {position} was {value!r} when captured and is {leaves[position]!r} now"
+                raise InputMismatch(problem=problem, hint="optimize again for another value")
         flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
         check_inputs(self._outcome.dense, flat)
         return flat
@@ -155,9 +157,8 @@ def check_inputs(program: Program, flat: list[Any]) -> None:
         if not isinstance(value, torch.Tensor):
             raise InputMismatch(problem=f"{given.name} is a {type(value).__name__}, not a tensor", hint="pass a tensor, as in the example")
         if value.dtype != expected.dtype or value.dim() != expected.dim():
-            raise InputMismatch(
-                problem=f"{given.name} is {value.dtype} with {value.dim()} dimensions; captured were {expected.dtype} with {expected.dim()}", hint="convert it"
-            )
+            problem = f"{given.name} is {value.dtype} with {value.dim()} dimensions; captured were {expected.dtype} with {expected.dim()}"
+            raise InputMismatch(problem=problem, hint="convert it")
         for dim, (size, actual) in enumerate(zip(expected.shape, value.shape, strict=True)):
             _check_size(given.name, dim, size, actual, bound)
 
@@ -165,7 +166,8 @@ def check_inputs(program: Program, flat: list[Any]) -> None:
 def _check_size(name: str, dim: int, size: Any, actual: int, bound: dict[Any, int]) -> None:
     if isinstance(size, int):
         if actual != size:
-            raise InputMismatch(problem=f"{name}[{dim}] is {actual}, captured was {size}", hint="pass dynamic_shapes to optimize() for sizes that vary")
+            hint = "pass dynamic_shapes to optimize() for sizes that vary"
+            raise InputMismatch(problem=f"{name}[{dim}] is {actual}, captured was {size}", hint=hint)
         return
     expr = size.node.expr
     if not expr.is_symbol:
@@ -174,7 +176,8 @@ def _check_size(name: str, dim: int, size: Any, actual: int, bound: dict[Any, in
         raise InputMismatch(problem=f"{name}[{dim}] is {actual}, but another input has {bound[expr]} there", hint="make them agree")
     bounds = size.node.shape_env.bound_sympy(expr)
     if actual < bounds.lower or actual > bounds.upper:
-        raise InputMismatch(problem=f"{name}[{dim}] is {actual}, outside of {bounds.lower}..{bounds.upper}", hint="capture again with an example of that size")
+        problem = f"{name}[{dim}] is {actual}, outside of {bounds.lower}..{bounds.upper}"
+        raise InputMismatch(problem=problem, hint="capture again with an example of that size")
 
 
 def optimize(

@@ -20,4 +20,5 @@ def check_surface(model: torch.nn.Module) -> None:
         if kind.__name__ == "DTensor":
             raise UnsupportedModel(what=f"{name} is sharded over devices (tensor parallel)", hint="load the model on one device")
         if kind not in (torch.Tensor, torch.nn.Parameter) or weight.is_quantized or weight.dtype in (torch.int8, torch.uint8):
-            raise UnsupportedModel(what=f"{name} is a quantised weight ({kind.__name__}, {weight.dtype})", hint="load the model unquantised")
+            what = f"{name} is a quantised weight ({kind.__name__}, {weight.dtype})"
+            raise UnsupportedModel(what=what, hint="load the model unquantised")

@@ -21,7 +21,7 @@ from dyncc.restrict import Plan, Refusal, TakeRows, gather_rows, scatter_rows, s
 
 @dataclass(frozen=True)
 class Kept:
-    """The rows alive in front of a cut: `valid` and `force` [B, n] (nodes or None), `origin` [B, n] their original positions (None: all rows)."""
+    """The rows alive in front of a cut: `valid` and `force` [B, n] (nodes or None), `origin` [B, n] where they were (None: all rows)."""
 
     valid: fx.Node | None
     force: fx.Node | None
@@ -57,7 +57,17 @@ class Cut:
 
 
 def make_cut(
-    options: Any, program: Program, axes: Axes, stack: Stack, layer: Layer, at: fx.Node, stop: fx.Node | None, plan: Plan, fill: str, reads: Reads, kept: Kept
+    options: Any,
+    program: Program,
+    axes: Axes,
+    stack: Stack,
+    layer: Layer,
+    at: fx.Node,
+    stop: fx.Node | None,
+    plan: Plan,
+    fill: str,
+    reads: Reads,
+    kept: Kept,
 ) -> Cut:
     """Edit the graph for one cut and say what it did."""
     before = _first_use(at, plan, kept)
@@ -143,7 +153,7 @@ def _after(before: fx.Node, kept: Kept, order: fx.Node, index: fx.Node, keep: An
 
 
 def _still_valid(valid: torch.Tensor, order: torch.Tensor, index: torch.Tensor, keep: Any, fixed: int) -> torch.Tensor:
-    """Which of the kept rows count: real ones, as many as the ratio allows of this sequence's own length, so that padding changes nothing."""
+    """Which of the kept rows count: real ones, as many as the ratio allows of the sequence's own length: padding changes nothing."""
     if isinstance(keep, int):
         return valid.gather(1, index)
     return (valid & alive_rows(order, row_count(keep, valid.sum(1), fixed))).gather(1, index)
@@ -171,7 +181,8 @@ class _NoTake:
     """With a fused row no full-length operand can follow: it has no original position."""
 
     def __call__(self, before: fx.Node, operand: fx.Node, dims: set[int], user: fx.Node, slot: int) -> fx.Node:
-        raise Refusal(f"fuse=true makes a row without a position, but {user.name} needs {operand.name} at every row; use fuse=false, or put simplify-mask in front when it is a mask that hides nothing")
+        hint = "use fuse=false, or put simplify-mask in front when it is a mask that hides nothing"
+        raise Refusal(f"fuse=true makes a row without a position, but {user.name} needs {operand.name} at every row; {hint}")
 
 
 def _size(before: fx.Node, node: fx.Node, dim: int) -> Any:

@@ -101,7 +101,7 @@ def _one_row(mask: fx.Node, q: fx.Node) -> bool:
     """Whether every query row of a head sees the same mask, and every head too."""
     sizes = shape(mask)
     rows_alike = isinstance(sizes[-2], int) and sizes[-2] == 1
-    heads_alike = len(sizes) < 3 or isinstance(sizes[-3], int) and sizes[-3] == 1
+    heads_alike = len(sizes) < 3 or (isinstance(sizes[-3], int) and sizes[-3] == 1)
     return rows_alike and heads_alike
 
 
@@ -125,7 +125,8 @@ def fold(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
     """SDPA with the query heads [B, H, Tq, D] of each group as rows of its one key head: [B, G, (H/G) Tq, D]."""
     batch, heads, rows, width = q.shape
     groups = k.shape[1]
-    out = aten.scaled_dot_product_attention.default(q.reshape(batch, groups, heads // groups * rows, width), k, v, mask, 0.0, False, scale=scale)
+    rows_of_group = q.reshape(batch, groups, heads // groups * rows, width)
+    out = aten.scaled_dot_product_attention.default(rows_of_group, k, v, mask, 0.0, False, scale=scale)
     return out.reshape(batch, heads, rows, v.shape[3])
 
 

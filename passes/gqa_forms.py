@@ -35,7 +35,9 @@ def fastest(
     return str(known["form"])
 
 
-def _measure(q_size: tuple[int, ...], k_size: tuple[int, ...], dtype: torch.dtype, mask_dtype: torch.dtype | None, causal: bool, foldable: bool) -> str:
+def _measure(
+    q_size: tuple[int, ...], k_size: tuple[int, ...], dtype: torch.dtype, mask_dtype: torch.dtype | None, causal: bool, foldable: bool
+) -> str:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         q, k = torch.randn(q_size).to(dtype), torch.randn(k_size).to(dtype)
         v = torch.randn_like(k)

@@ -26,7 +26,8 @@ def padding_input(regions: list[AttentionRegion], axes: Axes, axis: Dim, batch: 
     if len(found) == 1:
         return found[0]
     names = ", ".join(n.name for n in sources)
-    raise Refusal(f"the attention mask is made from {names} in a way that does not say which tokens are padding; pass a [batch, tokens] attention_mask")
+    hint = "pass a [batch, tokens] attention_mask"
+    raise Refusal(f"the attention mask is made from {names} in a way that does not say which tokens are padding; {hint}")
 
 
 def _only_its_size(node: fx.Node, masks: list[fx.Node]) -> bool:

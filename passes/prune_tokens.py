@@ -25,7 +25,8 @@ from dyncc.restrict import Plan, Refusal, plan_forward
 from dyncc.rewrite import Context, Pass, PassResult
 
 Score = Literal[
-    "auto", "cls-attention", "last-attention", "last-logits", "last-window-attention", "received-attention", "hidden-norm", "key-norm", "random"
+    "auto", "cls-attention", "last-attention", "last-logits", "last-window-attention", "received-attention", "hidden-norm", "key-norm",
+    "random",
 ]
 
 
@@ -112,7 +113,8 @@ class PruneTokens(Pass):
     def _check_causal(self, program: Program, facts: Facts, stack: Stack) -> None:
         if not any(_is_causal(x) for x in stack.layers):
             return
-        whole = [i for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and facts.axes.places(n, stack.axis) and i not in facts.kv_outputs]
+        named = [(i, n) for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and i not in facts.kv_outputs]
+        whole = [i for i, n in named if facts.axes.places(n, stack.axis)]
         if whole:
             raise Refusal(
                 f"output {whole[0]} of this autoregressive model covers all positions, and which tokens stay depends on later ones; "
@@ -122,7 +124,7 @@ class PruneTokens(Pass):
     def _plan(
         self, program: Program, axes: Axes, stack: Stack, layer: Layer, at: fx.Node, reads: Reads, earlier: list[Cut]
     ) -> tuple[str, Plan, fx.Node | None]:
-        """The fill and plan: `drop` if the outputs read kept rows only, else rows are put back behind the last layer (as after an earlier cut)."""
+        """The fill and plan: `drop` if the outputs read kept rows only, else rows are put back behind the last layer."""
         axis = axes.dims(at)[stack.dim]
         regions = (*(x.attention for x in stack.layers if x.index >= layer.index), *stack.tail)
 

@@ -13,7 +13,7 @@ from dyncc.ir import Program, ancestors, argument, descendants, op_name, operand
 
 @dataclass(frozen=True)
 class Reads:
-    """`first`/`last`: how many rows at either end are read; `nodes`: the selects and slices that read them; `computed`: [B] position nodes."""
+    """`first`/`last`: how many rows at either end are read; `nodes`: the selects and slices that read them; `computed`: [B] positions."""
 
     first: int
     last: int
@@ -40,7 +40,7 @@ def output_reads(program: Program, facts: Facts, stack: Stack) -> Reads:
         if dim not in facts.axes.places(source, stack.axis):
             continue
         start, stop = _interval(node, dim)
-        if start is not None and 0 <= start and stop > start:
+        if start is not None and start >= 0 and stop > start:
             first, fits = max(first, stop), True
         elif start is not None and start < 0 and stop == 0:
             last, fits = max(last, -start), True
@@ -61,7 +61,7 @@ def _interval(node: fx.Node, dim: int) -> tuple[int | None, int]:
     start, end = argument(node, "start", 0) or 0, argument(node, "end")
     if not isinstance(start, int) or argument(node, "step", 1) != 1:
         return None, 0
-    if start < 0 and (end is None or isinstance(end, int) and end >= 1 << 62):
+    if start < 0 and (end is None or (isinstance(end, int) and end >= 1 << 62)):
         return start, 0
     size = shape(node)[dim]
     return (start, start + size) if start >= 0 and isinstance(size, int) and isinstance(end, int) and end < 1 << 62 else (None, 0)

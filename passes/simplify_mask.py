@@ -1,9 +1,9 @@
 """simplify-mask: an attention mask that hides nothing goes; one that is only causal becomes the flag.
 
-Libraries build masks from positions in many steps even when the result is "everything" or "no later key". A mask that is handed to attention
-as a tensor keeps the fastest kernels away (torch materialises it; 2,048 causal tokens: 73 ms with a bool mask, 40 with the flag on one CPU).
-The mask is evaluated over three abstract values, whatever the sizes: a constant, a position (0, 1, 2, ... + offset along one dimension), and
-"key position <= row position". Exact: the same rows and keys are seen.
+Libraries build masks from positions in many steps even when the result is "everything" or "no later key". A mask that is handed to
+attention as a tensor keeps the fastest kernels away (torch materialises it; 2,048 causal tokens: 73 ms with a bool mask, 40 with the flag
+on one CPU). The mask is evaluated over three abstract values, whatever the sizes: a constant, a position (0, 1, 2, ... + offset along one
+dimension), and "key position <= row position". Exact: the same rows and keys are seen.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
 CARRY = {"to", "_to_copy", "alias", "expand", "clone", "contiguous", "detach", "lift_fresh_copy"}
+AND = ("__and__", "bitwise_and", "logical_and")
+OR = ("__or__", "bitwise_or", "logical_or")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
         return _carried(node, evaluate(node.args[0], known))
     if name in _UNARY:
         return _UNARY[name](node, evaluate(node.args[0], known))
-    if name in ("add", "sub", "le", "ge", "lt", "gt", "eq", "ne", "__and__", "bitwise_and", "logical_and", "__or__", "bitwise_or", "logical_or"):
+    if name in AND or name in OR or name in _CONSTANT:
         return _binary(name, evaluate(node.args[0], known), evaluate(node.args[1], known))
     if name == "diff":
         return _difference(node, known)
@@ -165,9 +167,9 @@ _UNARY = {
 def _binary(name: str, a: Abstract, b: Abstract) -> Abstract:
     if a is None or b is None:
         return None
-    if name in ("__and__", "bitwise_and", "logical_and"):
+    if name in AND:
         return b if a == Const(True) else a if b == Const(True) or a == b else None
-    if name in ("__or__", "bitwise_or", "logical_or"):
+    if name in OR:
         return Const(True) if Const(True) in (a, b) else b if a == Const(False) else a if b == Const(False) or a == b else None
     if isinstance(a, Const) and isinstance(b, Const):
         return Const(_CONSTANT[name](a.value, b.value))
@@ -198,7 +200,9 @@ def _difference(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
     along = argument(node, "dim", -1)
     if not isinstance(value, Position) or argument(node, "n", 1) != 1 or argument(node, "append") is not None:
         return None
-    if along not in (value.dim, value.dim + len(shape(node))) or (argument(node, "prepend") is not None and front != Const(value.offset - 1)):
+    if along not in (value.dim, value.dim + len(shape(node))):
+        return None
+    if argument(node, "prepend") is not None and front != Const(value.offset - 1):
         return None
     return Const(1)
 

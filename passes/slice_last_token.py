@@ -33,11 +33,11 @@ class SliceLastToken(Pass):
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Edit the graph; refuse when no output reads fixed rows, or when nothing costly stands in front of the read."""
-        sites = [(n, s) for n in program.graph.nodes for s in facts.stacks if _reads_fixed_rows(n, facts.axes, s.axis)]
+        sites = [n for n in program.graph.nodes for s in facts.stacks if _reads_fixed_rows(n, facts.axes, s.axis)]
         if not sites:
             raise Refusal(_why_none(program, facts))
         done, misses = 0, []
-        for node, stack in sites:
+        for node in sites:
             axes = Axes(program.graph)
             axis = axes.dims(node.all_input_nodes[0])[_dim(node)]
             plan = plan_backward(axes, axis, node, _dim(node))
@@ -65,7 +65,9 @@ def _reads_fixed_rows(node: fx.Node, axes: Axes, axis: Any) -> bool:
     if op_name(node) == "select":
         return isinstance(argument(node, "index"), int)
     kept = shape(node)[_dim(node)]
-    return isinstance(kept, int) and not same_size(kept, shape(source)[_dim(node)]) and argument(node, "step", 1) == 1 and isinstance(argument(node, "start", 0), int)
+    if not isinstance(kept, int) or same_size(kept, shape(source)[_dim(node)]):
+        return False
+    return argument(node, "step", 1) == 1 and isinstance(argument(node, "start", 0), int)
 
 
 def _why_none(program: Any, facts: Facts) -> str:

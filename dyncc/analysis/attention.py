@@ -15,15 +15,19 @@ from dyncc.ir import aten, is_tensor, op_name, operands, shape
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 MATMUL = {"matmul", "bmm", "baddbmm"}
 BETWEEN = {
-    "add", "sub", "mul", "div", "to", "_to_copy", "type_as", "where", "masked_fill", "tanh", "clamp", "clamp_min", "maximum", "clone", "contiguous", "view",
-    "reshape", "dropout", "float_power", "expand", "sub_", "add_", "mul_", "div_", "masked_fill_", "nan_to_num", "alias",
+    "add", "sub", "mul", "div", "to", "_to_copy", "type_as", "where", "masked_fill", "tanh", "clamp", "clamp_min", "maximum", "clone",
+    "contiguous", "view", "reshape", "dropout", "float_power", "expand", "sub_", "add_", "mul_", "div_", "masked_fill_", "nan_to_num",
+    "alias",
 }
-CARRY = {"view", "reshape", "expand", "unsqueeze", "slice", "transpose", "permute", "clone", "contiguous", "to", "alias", "cat", "index_copy", "index_copy_", "repeat_interleave"}
+CARRY = {
+    "view", "reshape", "expand", "unsqueeze", "slice", "transpose", "permute", "clone", "contiguous", "to", "alias", "cat", "index_copy",
+    "index_copy_", "repeat_interleave",
+}
 
 
 @dataclass(frozen=True)
 class AttentionRegion:
-    """One attention: `q` [..., Tq, D] and `k` as the product takes them, `softmax` (None when fused), `mask`, and `out`, the node with the mixed values."""
+    """One attention: `q` [..., Tq, D] and `k` as the product takes them, `softmax` (None when fused), `mask`, and `out`, the result."""
 
     index: int
     fused: bool

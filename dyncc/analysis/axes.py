@@ -60,8 +60,8 @@ class Read:
 
 @dataclass
 class OpAxes:
-    """What one op does with the axes of its operands. `same` dimensions are one axis though the op does not run along both; `known` is False
-    for an op without a rule."""
+    """What one op does with the axes of its operands. `same` dimensions are one axis though the op does not run along both; `known` is
+    False for an op without a rule."""
 
     links: list[Link] = field(default_factory=list)
     contracts: list[Contract] = field(default_factory=list)

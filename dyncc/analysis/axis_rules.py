@@ -18,15 +18,17 @@ from dyncc.ir import argument, op_name, same_size, shape
 Rule = Callable[[fx.Node, list[fx.Node]], OpAxes]
 RULES: dict[str, Rule] = {}
 
-ELEMENTWISE = set(
-    "add sub rsub mul div true_divide floor_divide remainder fmod pow neg abs sign square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log1p "
-    "sin cos tan tanh atan erf sigmoid logit relu relu6 gelu silu mish elu selu celu softplus hardswish hardsigmoid hardtanh leaky_relu "
-    "threshold clamp clamp_min clamp_max clip maximum minimum where masked_fill eq ne lt le gt ge logical_and logical_or logical_not "
-    "logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__ isnan isinf isfinite nan_to_num floor ceil round trunc "
-    "to _to_copy type_as clone contiguous alias detach lift_fresh_copy lift_fresh dropout feature_dropout native_dropout alpha_dropout "
-    "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli lerp addcmul addcdiv ldexp float_power positive "
-    "isneginf isposinf heaviside copysign xlogy special_expit view_as".split()
-)
+ELEMENTWISE = {
+    "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "pow", "neg", "abs", "sign", "square", "sqrt",
+    "rsqrt", "reciprocal", "exp", "exp2", "expm1", "log", "log2", "log1p", "sin", "cos", "tan", "tanh", "atan", "erf", "sigmoid", "logit",
+    "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu",
+    "threshold", "clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "where", "masked_fill", "eq", "ne", "lt", "le", "gt",
+    "ge", "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "__and__",
+    "__or__", "__xor__", "isnan", "isinf", "isfinite", "nan_to_num", "floor", "ceil", "round", "trunc", "to", "_to_copy", "type_as",
+    "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "dropout", "feature_dropout", "native_dropout",
+    "alpha_dropout", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "lerp", "addcmul",
+    "addcdiv", "ldexp", "float_power", "positive", "isneginf", "isposinf", "heaviside", "copysign", "xlogy", "special_expit", "view_as",
+}  # fmt: skip
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -177,8 +179,10 @@ def batch_norm(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return _in_place_of(node, slots, set(range(rank)), "normalises over it")
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "argsort",
-      "tril", "triu", "renorm", "glu")
+@rule(
+    "softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort",
+    "argsort", "tril", "triu", "renorm", "glu",
+)
 def along(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     rank, name = len(shape(slots[0])), op_name(node)
     if name in ("tril", "triu"):
@@ -307,7 +311,10 @@ def gather(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return OpAxes(links=links, reads=[Read(0, dim, "reads positions along it")])
 
 
-@rule("scatter", "scatter_add", "index_copy", "index_add", "index_copy_", "scatter_", "index_put", "index_put_", "slice_scatter", "select_scatter")
+@rule(
+    "scatter", "scatter_add", "index_copy", "index_add", "index_copy_", "scatter_", "index_put", "index_put_", "slice_scatter",
+    "select_scatter",
+)
 def scatter(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     rank = len(shape(slots[0]))
     given = argument(node, "dim", None)
@@ -361,8 +368,10 @@ def getitem(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return OpAxes(links=[Link(i, 0, i) for i in range(len(shape(node)))])
 
 
-@rule("mean", "sum", "amax", "amin", "any", "all", "argmax", "argmin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "max", "min",
-      "count_nonzero", "median")
+@rule(
+    "mean", "sum", "amax", "amin", "any", "all", "argmax", "argmin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod",
+    "max", "min", "count_nonzero", "median",
+)
 def reduce(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     rank = len(shape(slots[0]))
     if len(slots) > 1:
@@ -398,8 +407,10 @@ def spatial(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return OpAxes(links=[Link(0, 0, 0)], reads=[Read(0, i, "mixes neighbours along it") for i in range(1, len(shape(slots[0])))])
 
 
-@rule("arange", "zeros", "ones", "full", "empty", "scalar_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "linspace", "eye", "rand", "randn",
-      "randint", "tril_indices", "triu_indices", "empty_strided", "new_empty_strided", "tensor", "_tensor_constant")
+@rule(
+    "arange", "zeros", "ones", "full", "empty", "scalar_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "linspace", "eye",
+    "rand", "randn", "randint", "tril_indices", "triu_indices", "empty_strided", "new_empty_strided", "tensor", "_tensor_constant",
+)
 def creation(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return OpAxes()
 

@@ -34,10 +34,13 @@ class Facts:
         lines = [f"attention: {self.found} of {self.expected}"]
         for stack in self.stacks:
             sizes = "x".join(str(a.size) for a in stack.axis)
-            lines.append(f"stack: {len(stack.layers)} layers over a token axis of {sizes}, batch {'x'.join(str(a.size) for a in stack.batch) or 1}")
-            lines += [f"  layer {x.index}: {x.start.name} -> {x.attention.out.name} -> {x.middle.name} -> {x.end.name}" for x in stack.layers]
-        lines += [f"attention {r.index}: {'fused' if r.fused else 'spelled out'} {r.out.name} q{list(shape(r.q))} k{list(shape(r.k))} {source_line(r.out)}"
-                  for r in self.attention]
+            batch = "x".join(str(a.size) for a in stack.batch) or 1
+            lines.append(f"stack: {len(stack.layers)} layers over a token axis of {sizes}, batch {batch}")
+            steps = [(x.index, x.start, x.attention.out, x.middle, x.end) for x in stack.layers]
+            lines += [f"  layer {index}: {' -> '.join(n.name for n in nodes)}" for index, *nodes in steps]
+        for r in self.attention:
+            sizes = f"q{list(shape(r.q))} k{list(shape(r.k))}"
+            lines.append(f"attention {r.index}: {'fused' if r.fused else 'spelled out'} {r.out.name} {sizes} {source_line(r.out)}")
         lines += [f"kv input: {n.name}" for n in self.kv_inputs]
         lines += [f"kv output: {i}" for i in sorted(self.kv_outputs)]
         lines += [f"mutates: {n.name} ({op_name(n)})" for n in self.mutated]

@@ -111,7 +111,9 @@ def _dominators(source: fx.Node, sink: fx.Node, inside: set[fx.Node]) -> set[fx.
     return chain
 
 
-def _layers(axes: Axes, axis: Dim, members: list[AttentionRegion], spine: list[fx.Node], sink: fx.Node, order: dict[fx.Node, int]) -> Stack | str:
+def _layers(
+    axes: Axes, axis: Dim, members: list[AttentionRegion], spine: list[fx.Node], sink: fx.Node, order: dict[fx.Node, int]
+) -> Stack | str:
     starts: list[fx.Node] = []
     for region in members:
         before = ancestors([region.q, region.k, region.v])
@@ -119,6 +121,8 @@ def _layers(axes: Axes, axis: Dim, members: list[AttentionRegion], spine: list[f
         if not feeding:
             return f"attention {region.index}: no residual spine node feeds it"
         starts.append(feeding[-1])
+    if len(set(starts)) < len(starts):
+        return f"attention {members[0].index}: no residual spine lies between the attentions"
     after = [[n for n in spine if order[n] > order[r.out] and n in descendants(r.out)] for r in members]
     if any(not a for a in after):
         return f"attention {next(r.index for r, a in zip(members, after, strict=True) if not a)}: it does not return to the residual spine"
@@ -137,7 +141,11 @@ def _layers(axes: Axes, axis: Dim, members: list[AttentionRegion], spine: list[f
 
 def _last_residual(after: list[fx.Node], start: fx.Node) -> fx.Node:
     """Where the last layer ends: the last residual add behind its attention; with post-norm, the norm that follows it."""
-    adds = [n for n in after if op_name(n) in ("add", "add_") and len([m for m in n.all_input_nodes if is_tensor(m)]) > 1 and shape(n) == shape(start)]
+    adds = [
+        n
+        for n in after
+        if op_name(n) in ("add", "add_") and len([m for m in n.all_input_nodes if is_tensor(m)]) > 1 and shape(n) == shape(start)
+    ]
     if not adds:
         return after[0]
     if op_name(start) in NORMS:

@@ -9,7 +9,7 @@ def attention_row_logits(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, s
     """Scaled q.k of some query rows.
 
     Args:
-        q: [B, H, Tq, D]; k: [B, G, Tk, D] with H a multiple of G (grouped heads); rows: [R] int64 positions in Tq, or [B, R] of each sequence.
+        q: [B, H, Tq, D]; k: [B, G, Tk, D] with H a multiple of G (grouped heads); rows: [R] int64 positions in Tq, or [B, R].
     Returns:
         [B, H, R, Tk].
     """
@@ -22,7 +22,12 @@ def attention_row_logits(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, s
 
 
 def attention_rows(
-    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = False, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rows: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Probabilities [B, H, R, Tk] of the query rows `rows`; mask as SDPA takes it (bool: True is visible; float: added)."""
     logits = attention_row_logits(q, k, rows, scale)
