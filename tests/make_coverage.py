@@ -21,7 +21,7 @@ Row = dict[str, Any]
 def rows_of(model: ZooModel, attn: str) -> list[Row]:
     """One row a pass: `applied` regions of the `expected` ones, and the reason when some are missing."""
     exact, prune = zoo_runs.exact(model.name, attn), zoo_runs.prune(model.name, attn, PRUNE)
-    rows = [_row(model, attn, name, run.applied, zoo_runs.expected_exact(model, name), run.reason) for name, run in exact.items()]
+    rows = [_row(model, attn, name, run.applied, zoo_runs.expected_exact(model, attn, name), run.reason) for name, run in exact.items()]
     return [*rows, _row(model, attn, f"prune-tokens{{{PRUNE}}}", int(prune.applied), 1, prune.reason)]
 
 

@@ -21,7 +21,7 @@ def test_no_row_turned_from_applied_to_refused(model: ZooModel, attn: Attn) -> N
 @pytest.mark.parametrize(("model", "attn"), every_case())
 def test_exact_passes_agree_with_eager_and_fire_no_more_than_expected(model: ZooModel, attn: Attn) -> None:
     for name, run in zoo_runs.exact(model.name, attn).items():
-        assert run.applied <= zoo_runs.expected_exact(model, name)
+        assert run.applied <= zoo_runs.expected_exact(model, attn, name)
         assert run.error <= 1e-5
 
 

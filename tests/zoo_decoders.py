@@ -94,7 +94,7 @@ DECODERS: tuple[ZooModel, ...] = (
     _last("llama", _llama_like("Llama"), **_GROUPED),
     _classifier("llama-classifier", llama_classifier, **_GROUPED),
     _last("opt", opt),
-    _last("mistral", _llama_like("Mistral", sliding_window=8), **_GROUPED),
+    _last("mistral", _llama_like("Mistral", sliding_window=8), plain_masks=False, **_GROUPED),
     _last("qwen2", _llama_like("Qwen2"), **_GROUPED),
     _last("qwen3", _llama_like("Qwen3", head_dim=_HEAD_DIM), **_GROUPED),
     _last(

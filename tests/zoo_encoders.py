@@ -56,11 +56,13 @@ def whisper_encoder(attn: str, layers: int) -> nn.Module:
     return AudioModel(hf.WhisperModel(config).encoder)
 
 
+_UNMASKED: dict[str, Any] = {"has_mask": False, "plain_masks": False}
+
 ENCODERS: tuple[ZooModel, ...] = (
     ZooModel("bert", bert, feed.text, feed.dynamic_text, "encoder", has_cls=True),
     ZooModel("bert-classifier", bert_classifier, feed.text, feed.dynamic_text, "encoder", has_cls=True, fixed_rows=True),
     ZooModel("roberta", roberta, feed.text, feed.dynamic_text, "encoder", has_cls=True),
     ZooModel("distilbert", distilbert, feed.text, feed.dynamic_text, "encoder", has_cls=True),
-    ZooModel("t5-encoder", t5_encoder, feed.text, feed.dynamic_text, "encoder"),
-    ZooModel("whisper-encoder", whisper_encoder, feed.audio, feed.dynamic_batch, "audio", fixed_tokens=13, has_mask=False),
+    ZooModel("t5-encoder", t5_encoder, feed.text, feed.dynamic_text, "encoder", plain_masks=False),
+    ZooModel("whisper-encoder", whisper_encoder, feed.audio, feed.dynamic_batch, "audio", fixed_tokens=13, **_UNMASKED),
 )

@@ -31,7 +31,7 @@ class ZooModel:
     """One architecture: how to build it, how to feed it, and what its config says should be found in its graph.
 
     `fixed_rows`: the outputs read the first or the last row only, behind at least one tower. `all_positions`: a causal model's output
-    covers every position.
+    covers every position. `plain_masks`: without padding, fused attention is handed a mask that says nothing, or only causal.
     """
 
     name: str
@@ -48,6 +48,7 @@ class ZooModel:
     fixed_rows: bool = False
     all_positions: bool = False
     grouped_heads: bool = False
+    plain_masks: bool = True
     attns: tuple[Attn, ...] = ("sdpa", "eager")
 
     @property

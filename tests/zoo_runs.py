@@ -11,8 +11,7 @@ from zoo import by_name
 from zoo_model import LAYERS, ZooModel, relative_error
 
 import dyncc
-
-EXACT_PASSES = ("slice-last-token", "drop-repeat-kv")
+from dyncc.passes import EXACT
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,13 @@ def optimize(model: ZooModel, attn: str, passes: str, *, padding: bool = False, 
     return optimized, module, inputs
 
 
-@cache
 def prune(name: str, attn: str, options: str, padding: bool = False) -> PruneRun:
     """`prune-tokens{options}` on one model: its verdict, costs, and distance to the masked form and to the dense model."""
+    return _prune(name, attn, options, padding)
+
+
+@cache
+def _prune(name: str, attn: str, options: str, padding: bool) -> PruneRun:
     with torch.no_grad():
         optimized, module, inputs = optimize(by_name(name), attn, f"prune-tokens{{{options}}}", padding=padding, masked=True)
         (rewrite,) = optimized.report.rewrites
@@ -71,13 +74,15 @@ class ExactRun:
 def exact(name: str, attn: str) -> dict[str, ExactRun]:
     """The exact passes, in their default order, on one model."""
     with torch.no_grad():
-        optimized, module, inputs = optimize(by_name(name), attn, " ".join(EXACT_PASSES))
+        optimized, module, inputs = optimize(by_name(name), attn, " ".join(EXACT))
         error = relative_error(optimized(*inputs), module(*inputs))
     return {r.name: ExactRun(r.found if r.applied else 0, r.reason or "", error) for r in optimized.report.rewrites}
 
 
-def expected_exact(model: ZooModel, name: str) -> int:
+def expected_exact(model: ZooModel, attn: str, name: str) -> int:
     """How often an exact pass should fire, from the model's config alone."""
+    if name == "simplify-mask":
+        return LAYERS if model.plain_masks and attn == "sdpa" else 0
     if name == "slice-last-token":
         return int(model.fixed_rows)
     return LAYERS if model.grouped_heads else 0

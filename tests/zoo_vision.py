@@ -66,16 +66,15 @@ def siglip_vision(attn: str, layers: int) -> nn.Module:
 
 
 _PATCHES: dict[str, Any] = {"has_cls": True, "has_mask": False}
+_SQUARE: dict[str, Any] = {"fixed_tokens": PATCHES, "has_mask": False, "plain_masks": False}
 
 VISION: tuple[ZooModel, ...] = (
     ZooModel("vit", vit, feed.image, feed.dynamic_batch, "vision", fixed_tokens=PATCHES + 1, fixed_rows=True, **_PATCHES),
     ZooModel("deit", deit, feed.image, feed.dynamic_batch, "vision", fixed_tokens=PATCHES + 2, fixed_rows=True, **_PATCHES),
     ZooModel("dinov2", dinov2, feed.image, feed.dynamic_batch, "vision", fixed_tokens=PATCHES + 1, **_PATCHES),
     ZooModel("clip-text", clip_text, feed.text, feed.dynamic_text, "encoder", causal=True),
-    ZooModel("clip-vision", clip_vision, feed.image, feed.dynamic_batch, "vision", fixed_tokens=PATCHES + 1, **_PATCHES),
+    ZooModel("clip-vision", clip_vision, feed.image, feed.dynamic_batch, "vision", fixed_tokens=PATCHES + 1, plain_masks=False, **_PATCHES),
     ZooModel("clip", clip, feed.text_and_image, feed.dynamic_text_and_image, "dual", attention_per_layer=2, fixed_rows=True),
     ZooModel("siglip-text", siglip_text, feed.text, feed.dynamic_text, "encoder"),
-    ZooModel(
-        "siglip-vision", siglip_vision, feed.image, feed.dynamic_batch, "vision", fixed_tokens=PATCHES, extra_attention=1, has_mask=False
-    ),
+    ZooModel("siglip-vision", siglip_vision, feed.image, feed.dynamic_batch, "vision", extra_attention=1, **_SQUARE),
 )
