@@ -91,12 +91,24 @@ def plan_forward(
             a, b = plan.short.get(slots[c.slot], ()), plan.short.get(slots[c.other], ())
             if (c.dim in a or c.other_dim in b) and node not in inside:
                 raise Refusal(f"{where(node)} sums over the token axis outside of attention")
+        _check_covered(plan, node, op, slots)
         dims = short_slots(axes, plan, node, op, slots)
         if dims:
             plan.short[node] = dims
         if node is stop:
             break
     return plan
+
+
+def _check_covered(plan: Plan, node: fx.Node, op: OpAxes, slots: list[fx.Node]) -> None:
+    """Every short dimension that goes into a node must be one its rule speaks of."""
+    if op.regroups:
+        return
+    spoken = {(x.slot, x.dim) for x in (*op.links, *op.reads)}
+    spoken |= {side for c in op.contracts for side in ((c.slot, c.dim), (c.other, c.other_dim))}
+    for slot, source in enumerate(slots):
+        if any((slot, dim) not in spoken for dim in plan.short.get(source, ())):
+            raise Refusal(f"{where(node)}: its axis rule does not say what becomes of the token axis")
 
 
 def _attention_nodes(regions: tuple[AttentionRegion, ...]) -> set[fx.Node]:

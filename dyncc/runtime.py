@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.utils import _pytree as pytree
 from dyncc.backends import lower
 from dyncc.capture import Signature, from_model
 from dyncc.driver import Outcome, rewrite
-from dyncc.errors import DynccError, InputMismatch
+from dyncc.errors import DynccError, InputMismatch, RefusedError
+from dyncc.flops import count_flops
 from dyncc.ir import Program, is_tensor
 from dyncc.masked import Masked, selections
 from dyncc.options import check_engine, check_evidence
@@ -218,13 +220,29 @@ def optimize(
     report.seconds["capture"] = time.perf_counter() - start
     calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
     flat = [_flat_example(program, signature, a, k) for a, k in calls]
-    outcome = rewrite(program, settings, flat, report)
+    outcome = _rewrite(program, settings, flat, report)
     optimized = Optimized(outcome, signature, settings, report)
     if evidence == "timed" and settings.engine != "reference" and any(r.applied and r.nodes[0] for r in report.rewrites):
         from dyncc.breakeven import check_break_even
 
         check_break_even(optimized, flat[0])
     return optimized
+
+
+def _rewrite(program: Program, settings: Settings, flat: list[list[Any]], report: Report) -> Outcome:
+    """The pipeline; an internal failure leaves the dense graph, with one warning that names the report."""
+    try:
+        return rewrite(program, settings, flat, report)
+    except DynccError:
+        raise
+    except Exception as problem:
+        report.fallback = f"{type(problem).__name__}: {problem}"
+        if settings.strict:
+            raise RefusedError(f"the model stays as it was: {report.fallback}") from problem
+        words = f"dyncc could not rewrite graph {report.number} and leaves it dense ({report.fallback}); see dyncc.reports()[{report.number}]"
+        warnings.warn(words, stacklevel=3)
+        report.flops = {"dense": count_flops(program.graph), "now": count_flops(program.graph)}
+        return Outcome(program, program, ())
 
 
 def _flat_example(program: Program, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
