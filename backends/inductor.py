@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.ir import Program
 
 
 def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
     """Compile a program; door 1 programs must be lowered before the backend returns (later, lengths would be specialised)."""
+    safe = spelled_safely(program)
     if program.door == 1:
-        return compile_graph(program.module, inputs)
-    return torch.compile(program.module, backend="inductor", dynamic=dynamic, fullgraph=True)
+        return compile_graph(safe.module, inputs)
+    return torch.compile(safe.module, backend="inductor", dynamic=dynamic, fullgraph=True)
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:
