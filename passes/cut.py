@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes
 from dyncc.analysis.layers import Layer, Stack
 from dyncc.ir import Program, aten, emit, hoist, is_symbolic, operands, refresh, replace_operands, shape
@@ -74,14 +73,29 @@ def make_cut(
     axis, batch = axes.dims(at)[stack.dim], axes.dims(at)[0]
     tap = Tap(before, at, layer.attention, axes, axis, options.window, options.seed, kept.valid)
     score = SCORES[options.score](tap)
+    index, after = _select(before, options, score, reads, kept)
+    short = emit(before, lambda x, i: gather_rows(x, i, 1, 0 if batch else None), at, index)
+    if options.fuse:
+        short = emit(before, _fused, short, at, score, index, *([] if kept.valid is None else [kept.valid]))
+        after = _with_fused_row(before, after)
+    take = _NoTake() if options.fuse else TakeRows(axes, plan, index, batch)
+    shorten(axes, plan, at, short, _size(before, short, 1), _size(before, at, 0), take, _size(before, at, stack.dim), stop)
+    shorter = [r for r in (*(x.attention for x in stack.layers), *stack.tail) if r.v in plan.short]
+    for region in shorter if after.valid is not None else ():
+        hide_keys(region, after.valid)
+    if stop is not None:
+        _put_back(plan, stop, at, index, after.valid, fill, options.fuse)
+    return Cut(layer.index, at.name, stop and stop.name, fill, tuple(r.core.name for r in shorter), options.fuse, options.keep, after)
+
+
+def _select(before: fx.Node, options: Any, score: fx.Node, reads: Reads, kept: Kept) -> tuple[fx.Node, Kept]:
+    """The sorted positions [B, K] that stay, and what is known of those rows."""
     first = max(options.sinks, 1 if options.score == "cls-attention" else 0)
     pinned = (reads.first, reads.last)
-    extra = [n for n in (kept.valid, kept.force) if n is not None]
-    total = shape(at)[stack.dim]
-    fixed = max(first, pinned[0]) + max(options.recents, pinned[1])
+    fixed = max(first, reads.first) + max(options.recents, reads.last)
     if options.fuse and (options.recents or reads.last):
         raise Refusal("fuse=true puts its row at the end, but the last rows must stay where they are")
-    if not is_symbolic(total) and isinstance(options.keep, int) and options.keep < fixed:
+    if isinstance(options.keep, int) and options.keep < fixed:
         raise Refusal(f"keep={options.keep} is fewer than the {fixed} rows that must stay")
 
     def rank(score: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
@@ -90,30 +104,9 @@ def make_cut(
         force = next(stream) if kept.force is not None else None
         return rank_rows(score, first, options.recents, valid, force, pinned)
 
-    order = emit(before, rank, score, *extra)
+    order = emit(before, rank, score, *(n for n in (kept.valid, kept.force) if n is not None))
     index = emit(before, lambda o: o[:, : row_count(options.keep, o.shape[1], fixed)].sort(dim=1).values, order)
-    after = _after(before, kept, order, index, options.keep, fixed)
-    short = emit(before, lambda x, i: gather_rows(x, i, 1, 0 if batch else None), at, index)
-    if options.fuse:
-        short = emit(before, _fused, short, at, score, index, *([] if kept.valid is None else [kept.valid]))
-        after = _with_fused_row(before, after)
-    count = _size(before, short, 1)
-    take = _NoTake() if options.fuse else TakeRows(axes, plan, index, batch)
-    full = total if not is_symbolic(total) else _size(before, at, 1)
-    shorten(axes, plan, at, short, count, _size(before, at, 0), take, full, stop)
-    if after.valid is not None:
-        for region in (*(x.attention for x in stack.layers), *stack.tail):
-            if _sees_short_keys(region, plan):
-                hide_keys(region, after.valid)
-    if stop is not None:
-        _put_back(plan, stop, at, index, after.valid, fill, options.fuse)
-    regions = (*(x.attention for x in stack.layers), *stack.tail)
-    hidden = tuple(r.core.name for r in regions if _sees_short_keys(r, plan))
-    return Cut(layer.index, at.name, None if stop is None else stop.name, fill, hidden, options.fuse, options.keep, after)
-
-
-def _sees_short_keys(region: AttentionRegion, plan: Plan) -> bool:
-    return region.v in plan.short
+    return index, _after(before, kept, order, index, options.keep, fixed)
 
 
 def row_count(keep: Any, total: Any, fixed: int = 0) -> Any:
