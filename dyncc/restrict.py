@@ -104,7 +104,7 @@ def _check_covered(plan: Plan, node: fx.Node, op: OpAxes, slots: list[fx.Node]) 
     """Every short dimension that goes into a node must be one its rule speaks of."""
     if op.regroups:
         return
-    spoken = {(x.slot, x.dim) for x in (*op.links, *op.reads)}
+    spoken = {(link.slot, link.dim) for link in op.links} | {(read.slot, read.dim) for read in op.reads}
     spoken |= {side for c in op.contracts for side in ((c.slot, c.dim), (c.other, c.other_dim))}
     for slot, source in enumerate(slots):
         if any((slot, dim) not in spoken for dim in plan.short.get(source, ())):

@@ -11,16 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
+from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.facts import Facts
-from dyncc.ir import argument, is_tensor, op_name, operands, refresh, same_size, shape
+from dyncc.ir import argument, is_tensor, op_name, operands, refresh, same_size, shape, val
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
 CARRY = {"to", "_to_copy", "alias", "expand", "clone", "contiguous", "detach", "lift_fresh_copy"}
 AND = ("__and__", "bitwise_and", "logical_and")
 OR = ("__or__", "bitwise_or", "logical_or")
+BITWISE = {"__and__", "bitwise_and", "__or__", "bitwise_or"}
+EXACT_TO_MILLIONS = {torch.int32, torch.int64, torch.float32, torch.float64}
+"""Types that positions survive a cast to."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ class SimplifyMask(Pass):
         done, misses = 0, []
         for region in masked:
             value = evaluate(region.mask, known)
-            square = same_size(shape(region.q)[-2], shape(region.k)[-2])
-            if value == Const(True) or (value == CAUSAL and square):
+            if _hides_nothing(region.mask, value) or _is_flag(region, value):
                 _set_mask(region.out, causal=value == CAUSAL)
                 done += 1
             else:
@@ -71,6 +75,18 @@ class SimplifyMask(Pass):
         if not done:
             raise Refusal(misses[0])
         return PassResult(done, len(masked), misses=tuple(misses))
+
+
+def _hides_nothing(mask: fx.Node, value: Abstract) -> bool:
+    """True everywhere, or the same number added to every logit."""
+    return isinstance(value, Const) and (val(mask).is_floating_point() or bool(value.value))
+
+
+def _is_flag(region: AttentionRegion, value: Abstract) -> bool:
+    sizes = shape(region.mask)
+    rows, keys = shape(region.q)[-2], shape(region.k)[-2]
+    whole = same_size(sizes[-2], rows) and same_size(sizes[-1], keys) and same_size(rows, keys)
+    return value == CAUSAL and whole and val(region.mask).dtype == torch.bool
 
 
 def _set_mask(sdpa: fx.Node, causal: bool) -> None:
@@ -107,8 +123,10 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
         return _carried(node, evaluate(node.args[0], known))
     if name in _UNARY:
         return _UNARY[name](node, evaluate(node.args[0], known))
-    if name in AND or name in OR or name in _CONSTANT:
-        return _binary(name, evaluate(node.args[0], known), evaluate(node.args[1], known))
+    if name in BITWISE and val(node).dtype != torch.bool:
+        return None
+    if name in AND or name in OR or (name in _CONSTANT and argument(node, "alpha", 1) == 1):
+        return _binary(name, *(_spread(node, a, evaluate(a, known)) for a in node.args[:2]))
     if name == "diff":
         return _difference(node, known)
     if name == "index":
@@ -117,9 +135,18 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
 
 
 def _carried(node: fx.Node, value: Abstract) -> Abstract:
-    """Casts and broadcasts keep the value; an expand must not lengthen the dimension that counts."""
-    source = node.args[0]
-    if isinstance(value, Position) and isinstance(source, fx.Node) and not same_size(shape(source)[value.dim], shape(node)[value.dim]):
+    """Casts and broadcasts keep the value, where numbers stay what they are."""
+    if isinstance(value, Const) and val(node).dtype == torch.bool:
+        value = Const(bool(value.value))
+    elif not isinstance(value, Const) and value != CAUSAL and val(node).dtype not in EXACT_TO_MILLIONS:
+        return None
+    return _spread(node, node.args[0], value)
+
+
+def _spread(node: fx.Node, source: Any, value: Abstract) -> Abstract:
+    """The value of an operand broadcast to the node's sizes: a dimension that counts must not get longer."""
+    counting = (value.dim,) if isinstance(value, Position) else (-2, -1) if value == CAUSAL else ()
+    if any(len(shape(source)) < -dim or not same_size(shape(source)[dim], shape(node)[dim]) for dim in counting):
         return None
     return value
 
@@ -151,7 +178,12 @@ def _sum(node: fx.Node, value: Abstract) -> Abstract:
 
 
 def _not(node: fx.Node, value: Abstract) -> Abstract:
-    return Const(not value.value) if isinstance(value, Const) else None
+    return Const(not value.value) if isinstance(value, Const) and val(node).dtype == torch.bool else None
+
+
+def _lower(node: fx.Node, value: Abstract) -> Abstract:
+    """tril of ones is 1 where the key is not beyond the row."""
+    return CAUSAL if isinstance(value, Const) and value.value == 1 and argument(node, "diagonal", 0) == 0 else None
 
 
 def _shaped(node: fx.Node, value: Abstract) -> Abstract:
@@ -159,18 +191,16 @@ def _shaped(node: fx.Node, value: Abstract) -> Abstract:
 
 
 _UNARY = {
-    "unsqueeze": _unsqueeze, "slice": _slice, "cumsum": _sum, "logical_not": _not, "bitwise_not": _not, "view": _shaped, "reshape": _shaped,
-    "squeeze": _shaped, "select": _shaped,
+    "unsqueeze": _unsqueeze, "slice": _slice, "cumsum": _sum, "logical_not": _not, "bitwise_not": _not, "tril": _lower,
+    "view": _shaped, "reshape": _shaped, "squeeze": _shaped, "select": _shaped,
 }  # fmt: skip
 
 
 def _binary(name: str, a: Abstract, b: Abstract) -> Abstract:
+    if name in AND or name in OR:
+        return _joined(a, b, neutral=name in AND)
     if a is None or b is None:
         return None
-    if name in AND:
-        return b if a == Const(True) else a if b == Const(True) or a == b else None
-    if name in OR:
-        return Const(True) if Const(True) in (a, b) else b if a == Const(False) else a if b == Const(False) or a == b else None
     if isinstance(a, Const) and isinstance(b, Const):
         return Const(_CONSTANT[name](a.value, b.value))
     if name in ("add", "sub") and isinstance(a, Position) and isinstance(b, Const):
@@ -178,6 +208,13 @@ def _binary(name: str, a: Abstract, b: Abstract) -> Abstract:
     if name == "ge" and isinstance(a, Position) and isinstance(b, Const):
         return Const(True) if a.offset >= b.value else None
     return _compared(name, a, b)
+
+
+def _joined(a: Abstract, b: Abstract, neutral: bool) -> Abstract:
+    """`and` (True is neutral) or `or` (False is) of two values, of which one may be unknown."""
+    if Const(not neutral) in (a, b):
+        return Const(not neutral)
+    return b if a == Const(neutral) else a if b == Const(neutral) or a == b else None
 
 
 _CONSTANT = {
@@ -219,5 +256,5 @@ def _indexed(node: fx.Node, value: Abstract, known: dict[fx.Node, Abstract]) -> 
     index = indices[at] if at < len(indices) else None
     if any(i is None for i in indices) or not is_tensor(index):
         return None
-    place = evaluate(index, known)
+    place = _spread(node, index, evaluate(index, known))
     return replace(place, offset=place.offset + value.offset) if isinstance(place, Position) else None
