@@ -239,7 +239,8 @@ def _rewrite(program: Program, settings: Settings, flat: list[list[Any]], report
         report.fallback = f"{type(problem).__name__}: {problem}"
         if settings.strict:
             raise RefusedError(f"the model stays as it was: {report.fallback}") from problem
-        words = f"dyncc could not rewrite graph {report.number} and leaves it dense ({report.fallback}); see dyncc.reports()[{report.number}]"
+        place = f"dyncc.reports()[{report.number}]"
+        words = f"dyncc could not rewrite graph {report.number} and leaves it dense ({report.fallback}); see {place}"
         warnings.warn(words, stacklevel=3)
         report.flops = {"dense": count_flops(program.graph), "now": count_flops(program.graph)}
         return Outcome(program, program, ())

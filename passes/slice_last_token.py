@@ -41,14 +41,25 @@ class SliceLastToken(Pass):
             axes = Axes(program.graph)
             axis = axes.dims(node.all_input_nodes[0])[_dim(node)]
             plan = plan_backward(axes, axis, node, _dim(node))
-            if not any(op_name(n) in WORTH for n in plan.short):
-                misses.append(f"{node.name}: nothing row-wise stands in front of it")
+            problem = _problem(plan)
+            if problem:
+                misses.append(f"{node.name}: {problem}")
                 continue
             _slice_up(axes, plan, node)
             done += 1
         if not done:
             raise Refusal("; ".join(misses))
         return PassResult(done, len(sites), misses=tuple(misses))
+
+
+def _problem(plan: Plan) -> str:
+    """Why it is not worth it, or does not fit; ''."""
+    if not any(op_name(n) in WORTH for n in plan.short):
+        return "nothing row-wise stands in front of it"
+    causal = [n for n in plan.short if n.target is aten.scaled_dot_product_attention.default and argument(n, "is_causal", False)]
+    if not all(same_size(shape(n.args[0])[-2], shape(n.args[1])[-2]) for n in causal):  # type: ignore[arg-type]
+        return "the causal flag of an attention in front of it counts other rows than keys"
+    return ""
 
 
 def _dim(node: fx.Node) -> int:
@@ -120,14 +131,19 @@ def _sliced(x: Any, dims: tuple[int, ...], rows: tuple[int, int]) -> Any:
     return x
 
 
+def _seen_by(k: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+    """Which keys [B, H, T, D] each of these rows sees, of as many rows as keys."""
+    keys = torch.arange(k.shape[-2], device=k.device)
+    return keys.unsqueeze(0) <= _sliced(keys.unsqueeze(1), (0,), rows)
+
+
 def _uncausal(sdpa: fx.Node, rows: tuple[int, int]) -> None:
     """A causal SDPA of fewer rows: the last row sees every key, so the flag goes; other rows get their mask written out."""
     if not argument(sdpa, "is_causal", False):
         return
-    q, k = sdpa.args[0], sdpa.args[1]
+    k = sdpa.args[1]
     args, kwargs = list(sdpa.args[:3]), {x: y for x, y in sdpa.kwargs.items() if x not in ("attn_mask", "dropout_p", "is_causal")}
     if rows != (-1, 0):
-        mask = emit(sdpa, lambda q, k: q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(), q, k)
-        kwargs["attn_mask"] = mask
+        kwargs["attn_mask"] = emit(sdpa, lambda k: _seen_by(k, rows), k)
     sdpa.args, sdpa.kwargs = tuple(args), kwargs
 
