@@ -1,7 +1,7 @@
 """Canonical form: one spelling for what capture spells in several ways, so that rules and matchers see few forms.
 
-Exact and local: assertions, no-op conversions, whole slices and evaluation-time dropout go; `addmm` becomes `linear`; einsum is written
-out; inlined grad-mode regions of an inference export lose their wrapper.
+Exact and local: assertions, no-op conversions, whole slices and evaluation-time dropout go; `addmm` becomes `linear`; einsum and
+repeat_interleave are written out; inlined grad-mode regions of an inference export lose their wrapper.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
             _replace(node, lambda b, x, w: aten.linear.default(x, w.t(), b))
         elif node.target is aten.einsum.default:
             _replace(node, _einsum(node))
+        elif node.target is aten.repeat_interleave.self_int and isinstance(argument(node, "dim"), int) and argument(node, "repeats") != 1:
+            _replace(node, _side_by_side(node))
     drop_dead(graph)
     graph.lint()
     module.recompile()
@@ -58,6 +60,18 @@ def _replace(node: fx.Node, function: Callable[..., Any]) -> None:
 def _einsum(node: fx.Node) -> Callable[..., Any]:
     equation = node.args[0]
     return lambda *tensors: aten.einsum.default.decompose(equation, list(tensors))
+
+
+def _side_by_side(node: fx.Node) -> Callable[..., Any]:
+    """repeat_interleave along a dimension: expand a new dimension behind it, then merge the two."""
+    rank, times = len(shape(node)), argument(node, "repeats")
+    dim = argument(node, "dim") % rank
+
+    def repeated(x: torch.Tensor) -> torch.Tensor:
+        wide = x.unsqueeze(dim + 1).expand(*[-1] * (dim + 1), times, *[-1] * (rank - dim - 1))
+        return wide.reshape(*x.shape[:dim], x.shape[dim] * times, *x.shape[dim + 1 :])
+
+    return repeated
 
 
 def _same_as(node: fx.Node, mutated: bool) -> fx.Node | None:
