@@ -119,10 +119,11 @@ def from_model(
 
 def from_exported(exported: torch.export.ExportedProgram) -> tuple[Program, Signature]:
     """An exported program (pre-dispatch, as torch.export gives it) as a Program and its signature."""
-    module = fx.GraphModule(exported.graph_module, fx.Graph())
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, values := {}))
+    module = fx.GraphModule(exported.graph_module, graph)
     graph = module.graph
-    values: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(exported.graph, values))
+    values = dict(zip(exported.graph.nodes, graph.nodes, strict=True))
     for old, new in values.items():
         new.meta = dict(old.meta)
     sig = exported.graph_signature

@@ -28,6 +28,8 @@ from dyncc.report import Region, Report, Rewrite
 from dyncc.rewrite import Applied, Context, apply_pass, graph_text, promised_outputs
 from dyncc.settings import Settings
 
+AUTOCAST = ("_enter_autocast", "_exit_autocast", "wrap_with_autocast")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -92,6 +94,9 @@ def _step(current: Program, passed: Any, evidence: Evidence, position: int) -> A
     stored = evidence.stored(position)
     if stored is not None and not stored["applied"]:
         return Applied(current, False, False, stored["reason"])
+    if any(op_name(n) in AUTOCAST for n in current.graph.nodes):
+        reason = "the graph switches autocast on or off inside; compile under one autocast setting, or cast the model"
+        return Applied(current, False, False, reason)
     applied = apply_pass(current, passed, Context(trace=evidence.settings.trace))
     if not applied.modified or passed.exact:
         return applied

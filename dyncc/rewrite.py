@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dyncc.analysis.facts import Facts, analyse
-from dyncc.ir import Program, drop_dead, fake_mode_of, is_tensor, op_name, outputs, same_size, shape, val
+from dyncc.ir import Program, aten, drop_dead, emit, fake_mode_of, is_tensor, op_name, output_node, outputs, same_size, shape, val
 from dyncc.restrict import Refusal
 
 VIEWS = {
@@ -88,12 +88,28 @@ def promised_outputs(program: Program) -> int:
 
 
 def _finish(before: Program, after: Program, result: PassResult) -> bool:
+    _keep_strides(before, after, result.shortened_outputs)
     drop_dead(after.graph)
     after.graph.lint()
     after.module.recompile()
     check_outputs(before, after, result.shortened_outputs)
     check_shapes(after.graph)
     return fingerprint(before.graph) != fingerprint(after.graph)
+
+
+def _keep_strides(before: Program, after: Program, shortened: frozenset[int]) -> None:
+    """Lay rewritten outputs out in memory as torch.compile was promised (sizes must be known for that)."""
+    if before.door != 1:
+        return
+    out, olds = output_node(after.graph), outputs(before.graph)[: promised_outputs(before)]
+    news = outputs(after.graph)
+    for i, old in enumerate(olds):
+        if i in shortened or not is_tensor(old) or not is_tensor(news[i]):
+            continue
+        size, stride = val(old).shape, val(old).stride()
+        if stride != val(news[i]).stride() and all(isinstance(s, int) for s in (*size, *stride)) and size == val(news[i]).shape:
+            news[i] = emit(out, lambda x, stride=stride: aten.copy.default(x.new_empty_strided(x.shape, stride), x), news[i])
+    out.args = (tuple(news),)
 
 
 def check_shapes(graph: fx.Graph) -> None:
