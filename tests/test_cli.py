@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -137,9 +138,15 @@ def test_explain_prints_a_report(run: Any) -> None:
     assert "loading" in err
     assert [rewrite["name"] for rewrite in report["rewrites"]] == ["simplify-mask", "slice-last-token", "drop-repeat-kv"]
     assert any(Path("dump").rglob("*"))
-    code, out, _ = run(*words)
+    code, out, _ = run(*words, "--passes", "prune-tokens{layers=0 score=hidden-norm keep=0.5},slice-last-token")
     assert code == 0
-    assert "slice-last-token" in out
+    assert "attention: 2 of 2 found" in out
+    assert "regions: 2 attention, 2 layer, 2 mlp" in out
+    assert "prune-tokens{keep=0.5 layers=0 score=hidden-norm}: applied 1/1" in out
+    assert "cosine" in out
+    assert re.search(r"graph: .*\+1 index_select", out)
+    assert re.search(r"FLOPs [\d,]+ -> [\d,]+ \(\d+\.\d%\)", out)
+    assert "slice-last-token: refused 0/0 - the output uses every position" in out
 
 
 def test_strict_turns_a_refusal_into_exit_code_1(run: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import torch
+from tiny import Tiny, inputs
 
 from dyncc import errors
 from dyncc.outputs import writable_folder
@@ -67,3 +69,13 @@ def test_a_folder_below_a_file_is_not_writable(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(errors.OutputNotWritable, match=r"cannot write to .*file/sub: Not a directory"):
         writable_folder(tmp_path / "file" / "sub")
+
+
+@torch.no_grad()
+def test_usage_errors_come_out_of_torch_compile_as_they_are() -> None:
+    torch._dynamo.reset()
+    model = Tiny(kind="encoder", layers=2).build()
+    options = {"passes": "prune-tokens{layers=7}", "engine": "reference", "evidence": "off"}
+    with pytest.raises(errors.LayerOutOfRange, match="layer 7 is out of range: the model's 2 layers are numbered 0 to 1") as raised:
+        torch.compile(model, backend="dyncc", options=options)(*inputs(Tiny()))
+    assert raised.type.__name__ == "LayerOutOfRange"
