@@ -1,4 +1,4 @@
-"""`python tests/summary.py build/full.xml`: the result of a pytest run as a Markdown table, one row a test file."""
+"""`python tests/summary.py build/full.xml [more.xml]`: the results of pytest runs as a Markdown table, one row a test file."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ def counts(junit: Path) -> tuple[dict[str, Counter[str]], dict[str, float]]:
     return outcomes, seconds
 
 
-def table(junit: Path) -> str:
-    """The table, with a line of totals."""
-    outcomes, seconds = counts(junit)
+def table(junits: list[Path]) -> str:
+    """The table over one or more runs (the quick tests and those marked full, say), with a line of totals."""
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    seconds: dict[str, float] = defaultdict(float)
+    for junit in junits:
+        found, took = counts(junit)
+        for file in found:
+            outcomes[file] += found[file]
+            seconds[file] += took[file]
     lines = ["| file | passed | failed | skipped | seconds |", "|---|---|---|---|---|"]
     for file in sorted(outcomes):
         found = outcomes[file]
@@ -39,7 +45,7 @@ def table(junit: Path) -> str:
 
 def main() -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    print(f"# The last full run\n\nPython {platform.python_version()}, {versions}.\n\n{table(Path(sys.argv[1]))}")
+    print(f"# The last full run\n\nPython {platform.python_version()}, {versions}.\n\n{table([Path(name) for name in sys.argv[1:]])}")
 
 
 if __name__ == "__main__":
