@@ -362,9 +362,3 @@ def scatter_rows(rows: torch.Tensor, base: torch.Tensor, index: torch.Tensor, di
         raise ValueError("rows are scattered along dimension 1")
     view = index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(rows.shape)
     return base.scatter(1, view, rows)
-
-
-def scatter_node(before: fx.Node, rows: fx.Node, base: fx.Node, index: fx.Node, dim: int) -> fx.Node:
-    return emit(before, lambda r, b, i: scatter_rows(r, b, i, dim), rows, base, index)
-
-

@@ -29,7 +29,6 @@ class Context:
     """What a pass may ask about its surroundings. `trace` asks lossy passes to return their selections as extra outputs."""
 
     trace: bool = False
-    choose: Any = None
 
 
 @dataclass(frozen=True)

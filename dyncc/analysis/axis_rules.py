@@ -68,22 +68,6 @@ def _tensor_slots(slots: list[fx.Node]) -> list[int]:
     return [i for i, n in enumerate(slots) if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def _slot(node: fx.Node, slots: list[fx.Node], name: str) -> int | None:
-    """The slot of a named tensor argument; repeated operands are told apart by order of arguments."""
-    wanted = argument(node, name)
-    if not isinstance(wanted, fx.Node):
-        return None
-    seen = 0
-    for arg in node.target._schema.arguments:  # type: ignore[union-attr]
-        value = argument(node, arg.name)
-        found: list[fx.Node] = []
-        fx.node.map_arg(value, lambda n, found=found: found.append(n) or n)
-        if arg.name == name:
-            return seen
-        seen += len(found)
-    return None
-
-
 def _broadcast(node: fx.Node, slots: list[fx.Node], slot: int, dims: range | None = None) -> list[Link]:
     """Right-aligned links of one operand; size-1 dimensions carry nothing."""
     out, own = shape(node), shape(slots[slot])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion, find_attention, kv_sources
-from dyncc.analysis.axes import Axes, Dim
+from dyncc.analysis.axes import Axes
 from dyncc.analysis.layers import Stack, find_stacks
 from dyncc.ir import Program, is_mutating, op_name, outputs, shape, source_line
 
@@ -47,10 +47,6 @@ class Facts:
         lines += [f"not understood: {m}" for m in self.misses]
         unknown = sorted({op_name(n) for n, op in self.axes.ops.items() if not op.known})
         return "\n".join(lines + ([f"ops without an axis rule: {', '.join(unknown)}"] if unknown else []))
-
-    def token_size(self, axis: Dim) -> str:
-        return "x".join(str(a.size) for a in axis)
-
 
 def analyse(program: Program) -> Facts:
     """Run every analysis on a program."""
