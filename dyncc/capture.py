@@ -85,7 +85,8 @@ def _flatten_output(graph: fx.Graph) -> None:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a door 2 program is called: the call's pytree, which leaves are tensors, what to copy back, and what the result looks like."""
+    """How a door 2 program is called: the call's pytree, which leaves are tensors, what to copy back, what the result looks like, and
+    the names of the model's arguments."""
 
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
@@ -95,6 +96,7 @@ class Signature:
     names: tuple[str, ...]
     copies: tuple[tuple[str, int], ...]
     results: int
+    arguments: tuple[str, ...] = ()
 
 
 def from_model(
@@ -154,9 +156,14 @@ def from_exported(exported: torch.export.ExportedProgram) -> tuple[Program, Sign
     canonicalise(module, inference=True)
     signature = Signature(
         exported.call_spec.in_spec, exported.call_spec.out_spec, tuple(state), tuple(leaves), tuple(constants), tuple(names), copies,
-        len(sig.output_specs),
+        len(sig.output_specs), _argument_names(exported),
     )
     return Program(module, tuple(inputs), door=2), signature
+
+
+def _argument_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
+    call = exported.module_call_graph[0].signature
+    return tuple(getattr(call, "forward_arg_names", None) or ())
 
 
 def _bake(node: fx.Node) -> None:

@@ -169,3 +169,9 @@ class UnsupportedModel(DynccUsageError):
     """The model carries something that dyncc does not understand: hooks, shards, quantised weights, adapters."""
 
     template = "{what}, which dyncc does not understand; {hint}"
+
+
+class PackageMissing(DynccUsageError, ImportError):
+    """Something was asked for that needs a package which is not installed."""
+
+    template = "{package} is needed {purpose} and is not installed; pip install {package}"

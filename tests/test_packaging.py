@@ -21,7 +21,7 @@ ROOMS = {"dyncc": "dyncc", "dyncc.passes": "passes", "dyncc.kernels": "kernels",
 STAGES = (
     ("base", ("errors", "options", "outputs", "verdicts")),
     ("kernels", ("kernels",)),
-    ("capture", ("ir", "capture", "canonical")),
+    ("capture", ("ir", "capture", "canonical", "exported")),
     ("analysis", ("analysis", "flops")),
     ("rewrite", ("rewrite", "restrict", "masked", "passes", "pipeline", "catalogue")),
     ("backends", ("backends",)),
