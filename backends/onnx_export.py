@@ -70,13 +70,13 @@ def _cause(error: BaseException) -> str:
 
 
 def _widen_rotary_caches(model: onnx_ir.Model) -> None:
-    """Give `RotaryEmbedding` a cosine and sine for every row of the batch: the exporter's fusion leaves one for all, which the op forbids."""
+    """Give `RotaryEmbedding` a cosine and sine for every row of the batch: the exporter leaves one for all, which the op forbids."""
     import onnx_ir as ir
 
     for node in [n for n in model.graph.all_nodes() if n.op_type == "RotaryEmbedding" and n.domain == "" and len(n.inputs) == 3]:
         for slot in (1, 2):
             cache = node.inputs[slot]
-            if cache is None or cache.shape is None or len(cache.shape) != 3 or cache.shape[0] != 1:
+            if cache is None or _same_batch(cache, node.inputs[0]):
                 continue
             batch = ir.node("Shape", [node.inputs[0]], attributes={"start": 0, "end": 1})
             rest = ir.node("Shape", [cache], attributes={"start": 1, "end": 3})
@@ -85,6 +85,10 @@ def _widen_rotary_caches(model: onnx_ir.Model) -> None:
             assert node.graph is not None
             node.graph.insert_before(node, [batch, rest, size, wide])
             node.replace_input_with(slot, wide.outputs[0])
+
+
+def _same_batch(a: Any, b: Any) -> bool:
+    return a.shape is not None and b.shape is not None and bool(a.shape[0] == b.shape[0])
 
 
 def _name_sizes(model: onnx_ir.Model, sizes: dict[str, str]) -> None:

@@ -33,8 +33,8 @@ def names_of(program: Program, signature: Signature, facts: Facts) -> Names:
     nodes = [n for n in program.graph.nodes if n.op == "placeholder"][len(signature.state) :]
     returned = [outputs(program.graph)[i] for i in range(signature.results) if i not in {j for _, j in signature.copies}]
     paths = _paths(signature, len(returned))
-    given = {n: name for n, name in zip(nodes, signature.names, strict=True)}
-    taken = {i: path for i, path in enumerate(paths)}
+    given = dict(zip(nodes, signature.names, strict=True))
+    taken = dict(enumerate(paths))
     layer = 0
     for region in facts.attention:
         found = [(kind, *_cache(n, nodes, returned)) for kind, n in (("key", region.k), ("value", region.v))]
