@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import torch
 from onnxscript import opset23 as op
+from onnxscript.values import Opset
+
+from dyncc.kernels.group_query_attention import OP as GROUP_QUERY_ATTENTION
 
 aten = torch.ops.aten
+MICROSOFT = "com.microsoft"
 
 
 def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
@@ -21,4 +26,33 @@ def stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending
     return sort(self, dim, descending)
 
 
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {aten.sort.default: sort, aten.sort.stable: stable_sort}
+def _microsoft(name: str, inputs: str, outputs: str, attributes: tuple[str, ...]) -> Any:
+    """An op of ONNX Runtime's, made known to onnx for as long as the process runs: how many inputs and outputs, which attributes."""
+    if not onnx.defs.has(name, MICROSOFT):
+        schema = onnx.defs.OpSchema
+        optional = schema.FormalParameterOption.Optional
+        arguments = [[schema.FormalParameter(n, "T", param_option=optional) for n in names.split()] for names in (inputs, outputs)]
+        types = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"], "")]
+        kinds = {"i": schema.AttrType.INT, "f": schema.AttrType.FLOAT}
+        known = [schema.Attribute(word[:-2], kinds[word[-1]], required=False) for word in attributes]
+        onnx.defs.register_schema(
+            schema(name, MICROSOFT, 1, inputs=arguments[0], outputs=arguments[1], type_constraints=types, attributes=known)
+        )
+    return getattr(Opset(MICROSOFT, 1), name)
+
+
+def group_query_attention(
+    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, lengths: Any, total: Any, cos: Any, sin: Any, positions: Any, bias: Any,
+    heads: int, groups: int, scale: float,
+) -> Any:  # fmt: skip
+    names = "q k v past_k past_v lengths total cos sin positions bias"
+    call = _microsoft("GroupQueryAttention", names, "out present_k present_v", ("num_heads:i", "kv_num_heads:i", "do_rotary:i", "scale:f"))
+    inputs = [q, k, v, past_k, past_v, lengths, total, cos, sin, positions, bias]
+    return call(*inputs, num_heads=heads, kv_num_heads=groups, scale=scale, do_rotary=int(cos is not None))
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.sort.default: sort,
+    aten.sort.stable: stable_sort,
+    GROUP_QUERY_ATTENTION: group_query_attention,
+}

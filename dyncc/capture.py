@@ -85,8 +85,8 @@ def _flatten_output(graph: fx.Graph) -> None:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a door 2 program is called: the call's pytree, which leaves are tensors, what to copy back, what the result looks like, and
-    the names of the model's arguments."""
+    """How a door 2 program is called: the call's pytree, which leaves are tensors, what to copy back, what the result looks like, the
+    names of the model's arguments, and what must hold of the sizes of a call (sympy conditions over size symbols)."""
 
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
@@ -97,6 +97,7 @@ class Signature:
     copies: tuple[tuple[str, int], ...]
     results: int
     arguments: tuple[str, ...] = ()
+    conditions: tuple[Any, ...] = ()
 
 
 def from_model(
@@ -109,14 +110,24 @@ def from_model(
     Raises:
         CaptureError: torch.export cannot capture the model; the message carries its first line.
     """
-    kwargs = kwargs or {}
     try:
-        with torch.no_grad():
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        exported = _export(model, args, kwargs or {}, dynamic_shapes)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(f"torch.export failed: {type(error).__name__}: {first}") from error
     return from_exported(exported)
+
+
+def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    """torch.export; where it cannot prove a guard for every size, once more with that guard left to each call (`Signature.conditions`)."""
+    options = {"dynamic_shapes": dynamic_shapes, "strict": False}
+    with torch.no_grad():
+        try:
+            return torch.export.export(model, args, kwargs, **options)
+        except torch._dynamo.exc.UserError as error:
+            if error.error_type is not torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION or not dynamic_shapes:
+                raise
+            return torch.export.export(model, args, kwargs, **options, prefer_deferred_runtime_asserts_over_guards=True)
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> tuple[Program, Signature]:
@@ -156,7 +167,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> tuple[Program, Sign
     canonicalise(module, inference=True)
     signature = Signature(
         exported.call_spec.in_spec, exported.call_spec.out_spec, tuple(state), tuple(leaves), tuple(constants), tuple(names), copies,
-        len(sig.output_specs), _argument_names(exported),
+        len(sig.output_specs), _argument_names(exported), _conditions(graph),
     )
     return Program(module, tuple(inputs), door=2), signature
 
@@ -164,6 +175,16 @@ def from_exported(exported: torch.export.ExportedProgram) -> tuple[Program, Sign
 def _argument_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
     call = exported.module_call_graph[0].signature
     return tuple(getattr(call, "forward_arg_names", None) or ())
+
+
+def _conditions(graph: fx.Graph) -> tuple[Any, ...]:
+    """What torch.export could not prove of the input sizes and leaves to each call."""
+    sizes = [s for n in graph.nodes if n.op == "placeholder" and is_tensor(n) for s in n.meta["val"].shape if isinstance(s, torch.SymInt)]
+    if not sizes:
+        return ()
+    known = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    left = [a.expr for asserts in sizes[0].node.shape_env.deferred_runtime_asserts.values() for a in asserts]
+    return tuple(expr for expr in left if expr.free_symbols <= known)
 
 
 def _bake(node: fx.Node) -> None:

@@ -105,6 +105,7 @@ class Optimized:
                 raise InputMismatch(problem=problem, hint="optimize again for another value")
         flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
         check_inputs(self._outcome.dense, flat)
+        check_conditions(signature, _bindings(self._outcome.dense, flat) if signature.conditions else {})
         return flat
 
     def _shaped(self, results: list[Any]) -> Any:
@@ -163,6 +164,14 @@ def check_inputs(program: Program, flat: list[Any]) -> None:
             raise InputMismatch(problem=problem, hint="convert it")
         for dim, (size, actual) in enumerate(zip(expected.shape, value.shape, strict=True)):
             _check_size(given.name, dim, size, actual, bound)
+
+
+def check_conditions(signature: Signature, bound: dict[Any, int]) -> None:
+    """Raise InputMismatch where the sizes of a call break what capture had to assume of them."""
+    for condition in signature.conditions:
+        if condition.xreplace(bound) == False:  # noqa: E712  a sympy truth value
+            hint = "capture again with an example of these sizes"
+            raise InputMismatch(problem=f"the sizes {sorted(bound.values())} break {condition}, which capture assumed", hint=hint)
 
 
 def _check_size(name: str, dim: int, size: Any, actual: int, bound: dict[Any, int]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 
@@ -37,10 +38,10 @@ class Const:
 
 @dataclass(frozen=True)
 class Position:
-    """`offset` + the index along `dim` (counted from the right: -1 is the last)."""
+    """`offset` (a number, or an expression over sizes) + the index along `dim` (counted from the right: -1 is the last)."""
 
     dim: int
-    offset: int
+    offset: Any
 
 
 CAUSAL = "causal"
@@ -103,6 +104,8 @@ def evaluate(node: Any, known: dict[fx.Node, Abstract]) -> Abstract:
         return Const(node)
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
+    if isinstance(val(node), (int, torch.SymInt)):
+        return Const(_expression(val(node)))
     if node not in known:
         known[node] = None
         known[node] = _evaluate(node, known)
@@ -117,8 +120,8 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
         value = argument(node, "s") if name == "scalar_tensor" else argument(node, "fill_value")
         return Const(value) if isinstance(value, (bool, int)) else None
     if name == "arange":
-        start, step = argument(node, "start", 0) or 0, argument(node, "step", 1)
-        return Position(-1, start) if isinstance(start, int) and step == 1 else None
+        start = evaluate(argument(node, "start", 0) or 0, known)
+        return Position(-1, start.value) if isinstance(start, Const) and argument(node, "step", 1) == 1 else None
     if name in CARRY:
         return _carried(node, evaluate(node.args[0], known))
     if name in _UNARY:
@@ -126,7 +129,7 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
     if name in BITWISE and val(node).dtype != torch.bool:
         return None
     if name in AND or name in OR or (name in _CONSTANT and argument(node, "alpha", 1) == 1):
-        return _binary(name, *(_spread(node, a, evaluate(a, known)) for a in node.args[:2]))
+        return _binary(name, shape(node), *(_spread(node, a, evaluate(a, known)) for a in node.args[:2]))
     if name == "diff":
         return _difference(node, known)
     if name == "index":
@@ -196,18 +199,28 @@ _UNARY = {
 }  # fmt: skip
 
 
-def _binary(name: str, a: Abstract, b: Abstract) -> Abstract:
+def _binary(name: str, sizes: tuple[Any, ...], a: Abstract, b: Abstract) -> Abstract:
     if name in AND or name in OR:
         return _joined(a, b, neutral=name in AND)
     if a is None or b is None:
         return None
     if isinstance(a, Const) and isinstance(b, Const):
-        return Const(_CONSTANT[name](a.value, b.value))
+        told = name in ("add", "sub") or not {type(a.value), type(b.value)} - {int, bool}  # sizes are not compared here
+        return Const(_CONSTANT[name](a.value, b.value)) if told else None
     if name in ("add", "sub") and isinstance(a, Position) and isinstance(b, Const):
         return replace(a, offset=a.offset + (b.value if name == "add" else -b.value))
     if name == "ge" and isinstance(a, Position) and isinstance(b, Const):
-        return Const(True) if a.offset >= b.value else None
-    return _compared(name, a, b)
+        return Const(True) if _never_less(a.offset, b.value) else None
+    return _compared(name, a, b, sizes)
+
+
+def _never_less(a: Any, b: Any) -> bool:
+    """Whether a >= b for all sizes that there can be (sizes are positive)."""
+    return bool(sympy.sympify(a - b).is_nonnegative)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _joined(a: Abstract, b: Abstract, neutral: bool) -> Abstract:
@@ -223,11 +236,13 @@ _CONSTANT = {
 }  # fmt: skip
 
 
-def _compared(name: str, a: Abstract, b: Abstract) -> Abstract:
-    """key <= row, or row >= key."""
+def _compared(name: str, a: Abstract, b: Abstract, sizes: tuple[Any, ...]) -> Abstract:
+    """key <= row, or row >= key: causal, or true everywhere where the last key is not beyond the first row."""
     if not isinstance(a, Position) or not isinstance(b, Position) or name not in ("le", "ge"):
         return None
     key, row = (a, b) if name == "le" else (b, a)
+    if key.dim != row.dim and _never_less(row.offset, key.offset + _expression(sizes[key.dim]) - 1):
+        return Const(True)
     return CAUSAL if (key.dim, row.dim) == (-1, -2) and key.offset == row.offset else None
 
 
