@@ -43,7 +43,7 @@ def to_onnx(program: Program, signature: Signature, example: Sequence[torch.Tens
         raise PackageMissing(package="onnxscript", purpose="to export to ONNX") from error
     taken = exported.flat(program, signature, example)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             made = torch.onnx.export(
                 taken,
                 dynamo=True,
@@ -117,9 +117,9 @@ def _renamed(dim: Any, symbols: dict[Any, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter warns of packages that have nothing to do with the model."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
+def quiet() -> Iterator[None]:
+    """No warnings inside: torch's exporter warns of packages that have nothing to do with the model."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir", "onnx_ir.serde")]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ from dyncc.kernels.group_query_attention import OP as GROUP_QUERY_ATTENTION
 
 aten = torch.ops.aten
 MICROSOFT = "com.microsoft"
+TYPES = ("float", "float16", "bfloat16", "int32", "int64")
 
 
 def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
@@ -26,18 +27,24 @@ def stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending
     return sort(self, dim, descending)
 
 
+def remainder(self: Any, other: Any) -> Any:
+    """The sign is the divisor's; the divisor may be a size."""
+    divisor = op.CastLike(other, self)
+    if not self.dtype.is_floating_point():
+        return op.Mod(self, divisor)
+    return op.Sub(self, op.Mul(op.Floor(op.Div(self, divisor)), divisor))
+
+
 def _microsoft(name: str, inputs: str, outputs: str, attributes: tuple[str, ...]) -> Any:
     """An op of ONNX Runtime's, made known to onnx for as long as the process runs: how many inputs and outputs, which attributes."""
     if not onnx.defs.has(name, MICROSOFT):
         schema = onnx.defs.OpSchema
         optional = schema.FormalParameterOption.Optional
-        arguments = [[schema.FormalParameter(n, "T", param_option=optional) for n in names.split()] for names in (inputs, outputs)]
-        types = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"], "")]
+        sides = [[schema.FormalParameter(word, f"T{word}", param_option=optional) for word in words.split()] for words in (inputs, outputs)]
+        types = [(f"T{word}", [f"tensor({kind})" for kind in TYPES], "") for word in f"{inputs} {outputs}".split()]
         kinds = {"i": schema.AttrType.INT, "f": schema.AttrType.FLOAT}
         known = [schema.Attribute(word[:-2], kinds[word[-1]], required=False) for word in attributes]
-        onnx.defs.register_schema(
-            schema(name, MICROSOFT, 1, inputs=arguments[0], outputs=arguments[1], type_constraints=types, attributes=known)
-        )
+        onnx.defs.register_schema(schema(name, MICROSOFT, 1, inputs=sides[0], outputs=sides[1], type_constraints=types, attributes=known))
     return getattr(Opset(MICROSOFT, 1), name)
 
 
@@ -52,6 +59,7 @@ def group_query_attention(
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.remainder.Scalar: remainder,
     aten.sort.default: sort,
     aten.sort.stable: stable_sort,
     GROUP_QUERY_ATTENTION: group_query_attention,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._export.verifier import TrainingIRVerifier
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -39,6 +40,8 @@ def flat(program: Program, signature: Signature, example: Sequence[torch.Tensor]
     _, out_spec = pytree.tree_flatten((0,) * len(kept))
     exported = _assemble(copy, signature, kept, (in_spec, out_spec), (tuple(example), {}))
     exported._guards_code = []  # they are spelled in the names of the model's own arguments; sizes and ranges are still checked
+    for argument in exported.module_call_graph[0].signature.outputs:
+        argument.name = ""  # decomposition gives the results other names and does not follow with these
     return exported
 
 
@@ -100,7 +103,8 @@ def _assemble(
         _ranges(graph),
         [ModuleCallEntry("", call)],
         example,
-        constants,
+        constants=constants,
+        verifiers=[TrainingIRVerifier],  # in-place ops on values of the graph's own are allowed
     )
 
 

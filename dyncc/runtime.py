@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from dyncc.flops import count_flops
 from dyncc.ir import Program, is_tensor
 from dyncc.masked import Masked, selections
 from dyncc.options import check_engine, check_evidence
-from dyncc.pipeline import build
+from dyncc.pipeline import build, render
 from dyncc.report import Report, add_report
 from dyncc.settings import Settings
 from dyncc.surface import check_surface
@@ -27,8 +30,8 @@ from dyncc.surface import check_surface
 class Optimized:
     """A rewritten model. Call it like the model; `report` says what was done. Weights are the model's own tensors, not copies."""
 
-    def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report):
-        self._outcome, self._signature, self.report = outcome, signature, report
+    def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report, example: Sequence[torch.Tensor]):
+        self._outcome, self._signature, self.report, self._example = outcome, signature, report, example
         self._settings = settings
         self._dynamic = bool(_symbols(outcome.dense))
         self._lowered: dict[Program, Any] = {}
@@ -60,6 +63,28 @@ class Optimized:
     def dense(self, *args: Any, **kwargs: Any) -> Any:
         """The graph as captured, run eagerly."""
         return self._run(self._outcome.dense.module, self._flat(args, kwargs))
+
+    def export_onnx(self, path: str | Path, verify: bool = True, portable: bool = False) -> Any:
+        """Write the rewritten model as ONNX (opset 23, sizes that vary stay so); returns what was written, with the parity table.
+
+        Args:
+            verify: run the file in ONNX Runtime against this model and the dense one, at the example's sizes and two others.
+            portable: standard ONNX ops only; otherwise ONNX Runtime's own fused ops are used where they fit.
+        Raises:
+            OnnxExportError: an op has no ONNX form, or (ParityError) the file computes something else; nothing is left at `path`.
+            OutputNotWritable: the folder cannot be written.
+        """
+        from dyncc.backends.onnx_file import write
+
+        report = self.report
+        told = {
+            "dyncc.pipeline": render(self._settings.passes),
+            "dyncc.versions": json.dumps({"dyncc": version("dyncc"), "torch": torch.__version__}),
+            "dyncc.evidence": json.dumps([{"name": r.text, "applied": r.applied, **r.evidence} for r in report.rewrites]),
+            "dyncc.holds_for": report.lengths,
+        }
+        programs = (self._outcome.program, self._outcome.dense)
+        return write(Path(path), programs, self._signature, self._example, metadata=told, verify=verify, portable=portable)
 
     def masked(self, *args: Any, **kwargs: Any) -> Any:
         """The masked form: everything computed, what the selections left out hidden. Needs `optimize(..., masked=True)`.
@@ -230,7 +255,7 @@ def optimize(
     calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
     flat = [_flat_example(program, signature, a, k) for a, k in calls]
     outcome = _rewrite(program, settings, flat, report)
-    optimized = Optimized(outcome, signature, settings, report)
+    optimized = Optimized(outcome, signature, settings, report, flat[0][len(signature.state) :])
     if evidence == "timed" and settings.engine != "reference" and any(r.applied and r.nodes[0] for r in report.rewrites):
         from dyncc.breakeven import check_break_even
 

@@ -1,0 +1,142 @@
+"""An ONNX file of an optimized program: exported, fused for ONNX Runtime, checked, and only then put under its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dyncc.analysis.facts import analyse
+from dyncc.backends.onnx_export import OnnxExportError, quiet, to_onnx
+from dyncc.backends.onnx_names import Names, names_of
+from dyncc.backends.onnx_verify import Parity, parity, points
+from dyncc.backends.ort_fuse import fuse_attention
+from dyncc.backends.ort_session import open_session, run_session
+from dyncc.capture import Signature
+from dyncc.errors import OutputNotWritable
+from dyncc.ir import Program
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+INLINE = 1 << 30
+"""Weights of more bytes go into a file beside the model's (protobuf ends at 2 GiB)."""
+
+
+class ParityError(OnnxExportError):
+    """The exported file does not compute what the optimized model computes; nothing was left under its name."""
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What was written: the paths, names of inputs and outputs, fused ops with what was expected, and the parity table."""
+
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    fused: dict[str, int]
+    parity: tuple[Parity, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path), "inputs": list(self.inputs), "outputs": list(self.outputs), "fused": self.fused,
+            "parity": [row.to_dict() for row in self.parity],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        fused = ", ".join(f"{n} {name}" for name, n in self.fused.items() if n) or "nothing"
+        return "\n".join([f"{self.path}", f"  fused: {fused}", *(f"  {row}" for row in self.parity)])
+
+
+def build(program: Program, signature: Signature, example: Sequence[torch.Tensor], portable: bool) -> tuple[onnx_ir.Model, Names, Counter[str]]:
+    """The model, its names, and counts of fused ops; `portable` uses standard ONNX ops only."""
+    from dyncc.backends.ort_graph import optimise
+
+    names = names_of(program, signature, analyse(program))
+    if portable:
+        return to_onnx(program, signature, example, names), names, Counter()
+    fused, counts = fuse_attention(program)
+    model = to_onnx(fused, signature, example, names)
+    with quiet():
+        found = optimise(model)
+    return model, names, counts + found
+
+
+def write(
+    path: Path,
+    programs: tuple[Program, Program],
+    signature: Signature,
+    example: Sequence[torch.Tensor],
+    *,
+    metadata: Mapping[str, str],
+    verify: bool = True,
+    portable: bool = False,
+) -> OnnxFile:
+    """Export the first of `programs` (rewritten, dense) to `path`.
+
+    Raises:
+        OnnxExportError: an op has no ONNX form.
+        ParityError: ONNX Runtime computes something else; nothing is left under the name.
+        OutputNotWritable: the folder cannot be written.
+    """
+    model, names, fused = build(programs[0], signature, example, portable)
+    model.metadata_props.update(metadata)
+    model.producer_name = "dyncc"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise OutputNotWritable(path=path.parent, problem=error.strerror or str(error)) from error
+    try:
+        _save(model, aside / path.name)
+        rows = _verify(aside / path.name, programs, signature, example, names) if verify else []
+        if rows:
+            model.metadata_props["dyncc.parity"] = json.dumps([row.to_dict() for row in rows])
+            _save(model, aside / path.name)
+        for file in sorted(aside.iterdir(), key=lambda f: f.name == path.name):  # the model last: it names the other
+            os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise OutputNotWritable(path=path, problem=error.strerror or str(error)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return OnnxFile(path, names.inputs, names.outputs, dict(fused), tuple(rows))
+
+
+def _save(model: onnx_ir.Model, path: Path) -> None:
+    import onnx_ir as ir
+
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if weights > INLINE else None)
+    for file in path.parent.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def _verify(
+    path: Path, programs: tuple[Program, Program], signature: Signature, example: Sequence[torch.Tensor], names: Names
+) -> list[Parity]:
+    session = open_session(path)
+
+    def model(program: Program) -> Any:
+        copied = {i for _, i in signature.copies}
+
+        def run(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            with torch.no_grad():
+                results = program.module(*(t.clone() for t in signature.state) if signature.copies else signature.state, *tensors)
+            return [r for i, r in enumerate(results[: signature.results]) if i not in copied and isinstance(r, torch.Tensor)]
+
+        return run
+
+    where = points(programs[1], len(signature.state), example)
+    rows = parity(lambda tensors: run_session(session, names, tensors), *map(model, programs), where, names.outputs)
+    if failed := [row for row in rows if not row.holds]:
+        raise ParityError("ONNX Runtime disagrees with the optimized model:\n" + "\n".join(f"  {row}" for row in failed))
+    return rows
