@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import torch
 
 from dyncc.analysis.facts import analyse
@@ -113,8 +114,14 @@ def write(
 def _save(model: onnx_ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.dtype is None:
+                value.shape = None  # a shape of unknown type cannot be written
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if weights > INLINE else None)
+    with quiet():
+        ir.save(model, path, external_data=f"{path.name}.data" if weights > INLINE else None)
+    onnx.checker.check_model(path)
     for file in path.parent.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())

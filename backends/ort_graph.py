@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 from onnx_ir.passes import common as common_passes
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
@@ -23,13 +24,45 @@ def optimise(model: ir.Model) -> Counter[str]:
         if node.op_type == "RMSNormalization" and node.attributes.get_int("axis", -1) == -1:
             node.op_type = "SimplifiedLayerNormalization"  # the name under which ONNX Runtime knows it and its fusions
     optimize_for_ort(model)
+    for node in model.graph:
+        if node.op_type == "SimplifiedLayerNormalization":
+            node.op_type = "RMSNormalization"  # those left over go back to the standard's name
     found["packed"] = _pack_projections(model.graph)
     _pack_attention_inputs(model.graph)
+    found["shareable"] = share_cache(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     model.opset_imports.setdefault("com.microsoft", 1)
     found.update(n.op_type for n in model.graph if n.op_type in FUSED)
     return found
+
+
+def share_cache(model: ir.Model) -> bool:
+    """Take the length of the past from the attention mask, so that past and present may be bound to one larger buffer.
+
+    Returns whether that holds: then no op but GroupQueryAttention looks at the past, whose own size no longer counts.
+    """
+    past = {v: v.shape[2] for v in model.graph.inputs if v.name and v.name.startswith("past_key_values.") and v.shape is not None}
+    masks = {v.name: v for v in model.graph.inputs if v not in past and v.shape is not None and len(v.shape) == 2}
+    mask = masks.get("attention_mask")
+    if not past or mask is None or mask.shape is None or len(set(past.values())) != 1:
+        return False
+    surplus = sympy.sympify(f"({mask.shape[1]}) - ({next(iter(past.values()))})")
+    readers = [use.node for value in past for use in value.uses()]
+    sizes = [n for n in readers if n.op_type == "Shape" and (n.attributes.get_int("start", 0), n.attributes.get_int("end", 9)) == (2, 3)]
+    if not surplus.is_Integer or any(n.op_type != "GroupQueryAttention" and n not in sizes for n in readers):
+        return False
+    for node in sizes:
+        whole = ir.node("Shape", [mask], attributes={"start": 1, "end": 2})
+        constant = _constant(model.graph, f"{node.name}_new_rows", np.array([int(surplus)]))
+        rest = ir.node("Sub", [whole.outputs[0], constant])
+        model.graph.insert_before(node, [whole, rest])
+        node.outputs[0].replace_all_uses_with(rest.outputs[0])
+        model.graph.remove(node, safe=True)
+    for value in model.graph.outputs:
+        if value.name and value.name.startswith("present.") and value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:2], "present_sequence_length", value.shape[3]])
+    return True
 
 
 def _has_residual(norm: ir.Node) -> bool:

@@ -1,0 +1,168 @@
+"""SmolLM2 in ONNX Runtime: dyncc's export, growing and in one buffer, against eager and the transformers exporter's fused export.
+
+    python benchmarks/onnx_decode.py --pairs 20 --write
+
+Both exports are made by this script (the transformers exporter takes minutes); `--peer` and `--ours` name folders to keep them in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import progress, write
+
+from dyncc.bench_result import environment
+from dyncc.decoding import Decode
+from dyncc.models import load_smollm2
+from dyncc.timing import Timings, paired
+
+
+def _example() -> Any:
+    path = Path(__file__).resolve().parents[1] / "examples" / "onnx_generate.py"
+    spec = importlib.util.spec_from_file_location("onnx_generate", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def peer_export(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The transformers exporter's prefill and decode graphs with its fusions for ONNX Runtime on a CPU."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    inputs = dict(tokenizer("The quick brown fox jumps over the lazy dog", return_tensors="pt"))
+    with torch.no_grad():
+        OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu")).save_pretrained(folder)
+
+
+def session(path: Path) -> Any:
+    """A session with torch's number of threads."""
+    from dyncc.backends.ort_session import open_session
+
+    return open_session(path)
+
+
+def feeds(model: Any, path: Any, past: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """What a decode graph is fed with: one token after `past` (k0, v0, k1, ...)."""
+    keys = past[0].shape[2]
+    known = {
+        "input_ids": np.array([[5]]), "attention_mask": np.ones((1, keys + 1), dtype=np.int64), "position_ids": np.array([[keys]]),
+    }  # fmt: skip
+    names = [v.name for v in path.get_inputs()]
+    cache = iter(past)
+    return {name: known[name] if name in known else next(cache) for name in names}
+
+
+def growing(graph: Any, past: list[np.ndarray]) -> Callable[[], Any]:
+    feed = feeds(None, graph, past)
+    first = graph.get_outputs()[0].name
+    return lambda: graph.run(None, feed)[0] if first else None
+
+
+def shared(graph: Any, past: list[np.ndarray], room: int) -> Callable[[], Any]:
+    """One step with past and present bound to the same buffers, made once."""
+    import onnxruntime as ort
+
+    length = past[0].shape[2] + 1
+    binding = graph.io_binding()
+    feed = {"input_ids": np.array([[5]]), "attention_mask": np.ones((1, length), dtype=np.int64)}
+    held = [ort.OrtValue.ortvalue_from_numpy(v) for v in feed.values()]
+    for name, value in zip(feed, held, strict=True):
+        binding.bind_ortvalue_input(name, value)
+    names = [v.name for v in graph.get_outputs()]
+    for name, array in zip(names[1:], past, strict=True):
+        buffer = np.zeros((*array.shape[:2], room, array.shape[3]), dtype=array.dtype)
+        buffer[:, :, : length - 1] = array
+        value = ort.OrtValue.ortvalue_from_numpy(buffer)
+        held.append(value)
+        binding.bind_ortvalue_input(name.replace("present.", "past_key_values."), value)
+        binding.bind_ortvalue_output(name, value)
+    binding.bind_output(names[0])
+
+    def run(held: list[Any] = held) -> Any:
+        graph.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()
+
+    return run
+
+
+def measure(model: Any, ours: Path, peer: Path, keys: int, pairs: int, room: int) -> dict[str, Any]:
+    """Milliseconds a token and paired ratios at a number of cached keys."""
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    generator = torch.Generator().manual_seed(keys)
+    cache = [torch.randn(1, config.num_key_value_heads, keys, width, generator=generator) for _ in range(2 * config.num_hidden_layers)]
+    arrays = [t.numpy() for t in cache]
+    step, mask = Decode(model), torch.ones(1, keys + 1, dtype=torch.long)
+    mine, theirs = session(ours / "decode.onnx"), session(peer / "decode.onnx")
+
+    def eager() -> Any:
+        with torch.no_grad():
+            return step(torch.tensor([[5]]), mask, *cache)[0].numpy()
+
+    runs = {"eager": eager, "transformers": growing(theirs, arrays), "dyncc": growing(mine, arrays), "dyncc shared": shared(mine, arrays, room)}
+    dense = eager()
+    errors = {name: float(np.abs(run() - dense).max() / np.abs(dense).max()) for name, run in runs.items()}
+    timings = paired(runs, pairs=pairs, progress=progress)
+    return report(f"decode, {keys} keys", timings, errors)
+
+
+def prefill(model: Any, ours: Path, peer: Path, length: int, pairs: int) -> dict[str, Any]:
+    """A prompt to the logits of its last position, keys of all layers returned."""
+    ids = np.random.default_rng(0).integers(3, 40000, (1, length))
+    graphs = {"transformers": session(peer / "prefill.onnx"), "dyncc": session(ours / "prefill.onnx")}
+    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(length)[None]}
+    runs = {}
+    for name, graph in graphs.items():
+        feed = {v.name: known[v.name] for v in graph.get_inputs()}
+        runs[name] = lambda graph=graph, feed=feed: graph.run(None, feed)[0]
+    last = [run()[:, -1] for run in runs.values()]
+    errors = {"dyncc": float(np.abs(last[0] - last[1]).max() / np.abs(last[0]).max())}
+    return report(f"prefill, {length} tokens", paired(runs, pairs=pairs, warmup=1, progress=progress), errors)
+
+
+def report(title: str, timings: Timings, errors: dict[str, float]) -> dict[str, Any]:
+    """Print and return medians and the ratios that claims are made of."""
+    found: dict[str, Any] = {"medians": {n: timings.median(n) for n in timings.seconds}, "errors": errors, **timings.to_dict()}
+    pairs = [("transformers", n) for n in timings.seconds if n.startswith("dyncc")] + [("eager", "dyncc"), ("dyncc", "dyncc shared")]
+    found["ratios"] = {f"{b} / {v}": timings.ratio(b, v).to_dict() for b, v in pairs if b in timings.seconds and v in timings.seconds}
+    print(title, {n: f"{1000 * v:.1f} ms" for n, v in found["medians"].items()}, {n: f"{e:.1e}" for n, e in errors.items()})
+    for name, ratio in found["ratios"].items():
+        print(f"  {name}: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]", flush=True)
+    return {**found, "environment": environment()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export where needed, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--keys", type=int, nargs="*", default=[64, 8000])
+    parser.add_argument("--prompt", type=int, nargs="*", default=[4096])
+    parser.add_argument("--room", type=int, default=8192, help="keys that the shared buffers hold")
+    parser.add_argument("--peer", type=Path, help="folder of the transformers exporter's graphs, made when it does not exist")
+    parser.add_argument("--ours", type=Path, help="folder of dyncc's graphs, made when it does not exist")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/onnx_decode.json")
+    options = parser.parse_args(argv)
+    model, tokenizer = load_smollm2()
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, peer = options.ours or Path(scratch) / "ours", options.peer or Path(scratch) / "peer"
+        if not (ours / "decode.onnx").is_file():
+            for written in _example().export(model, ours):
+                print(written.path.name, written.fused)
+        if not (peer / "decode.onnx").is_file():
+            peer_export(model, tokenizer, peer)
+        found = [(f"decode, {keys} keys", measure(model, ours, peer, keys, options.pairs, options.room)) for keys in options.keys]
+        found += [(f"prefill, {n} tokens", prefill(model, ours, peer, n, max(5, options.pairs // 2))) for n in options.prompt]
+        if options.write:
+            write("onnx_decode", dict(found))
+
+
+if __name__ == "__main__":
+    main()
