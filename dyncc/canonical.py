@@ -1,7 +1,8 @@
 """Canonical form: one spelling for what capture spells in several ways, so that rules and matchers see few forms.
 
 Exact and local: assertions, no-op conversions, whole slices and evaluation-time dropout go; `addmm` becomes `linear`; einsum and
-repeat_interleave are written out; inlined grad-mode regions of an inference export lose their wrapper.
+repeat_interleave are written out; in-place arithmetic that nobody can see becomes ordinary; inlined grad-mode regions of an inference
+export lose their wrapper.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from dyncc.ir import argument, aten, drop_dead, emit, is_mutating, is_tensor, op_name, operands, outputs, same_size, shape
+from dyncc.ir import argument, aten, drop_dead, emit, is_mutating, is_tensor, op_name, operands, outputs, refresh, same_size, shape
 
 HIGHER_ORDER = torch.ops.higher_order
+ASSERTIONS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"}
+FRESH = {"add", "sub", "mul", "div", "masked_fill", "matmul", "bmm", "linear"}
+"""Ops whose result shares memory with nothing."""
+IN_PLACE = {"add_", "sub_", "mul_", "div_", "masked_fill_"}
 
 
 def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
@@ -23,6 +28,8 @@ def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
     graph = module.graph
     if inference:
         _inline_grad_regions(module)
+        _drop_assertions(graph)
+    _write_out_of_place(graph)
     mutated = any(is_mutating(n) and n.target is not aten.detach_.default for n in graph.nodes)
     returned = {n for n in outputs(graph) if isinstance(n, fx.Node)}
     for node in list(graph.nodes):
@@ -30,8 +37,6 @@ def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
             continue
         if inference and node.target is aten.detach_.default:
             node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif op_name(node) in ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size") and inference:
             graph.erase_node(node)
         elif node not in returned and (source := _same_as(node, mutated)) is not None:
             node.replace_all_uses_with(source)
@@ -45,6 +50,26 @@ def canonicalise(module: fx.GraphModule, *, inference: bool) -> None:
     drop_dead(graph)
     graph.lint()
     module.recompile()
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if op_name(node) in ASSERTIONS:
+            graph.erase_node(node)
+
+
+def _write_out_of_place(graph: fx.Graph) -> None:
+    """`x.add_(y)` becomes `x + y` where nobody else can see x: it is a fresh result with this one user."""
+    for node in graph.nodes:
+        source = node.args[0] if op_name(node) in IN_PLACE else None
+        if not isinstance(source, fx.Node) or op_name(source) not in FRESH or len(source.users) > 1:
+            continue
+        in_place, before = node.target, node.meta["val"]
+        node.target = getattr(getattr(aten, op_name(node).removesuffix("_")), in_place._overloadname)
+        refresh(node)
+        after = node.meta["val"]
+        if after.dtype != before.dtype or not all(same_size(a, b) for a, b in zip(after.shape, before.shape, strict=True)):
+            node.target, node.meta["val"] = in_place, before
 
 
 def _replace(node: fx.Node, function: Callable[..., Any]) -> None:

@@ -7,12 +7,14 @@ tuple. Every node carries its fake value in `meta["val"]`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -147,11 +149,17 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     return None
 
 
+@contextmanager
+def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Compute on fake values: without gradients, composite ops by their Python rules, so that no symbolic size is read as a number."""
+    with mode if mode is not None else nullcontext(), torch.no_grad(), enable_python_dispatcher():
+        yield
+
+
 def refresh(node: fx.Node) -> None:
     """Recompute a node's fake value from its arguments' fake values."""
-    mode = fake_mode_of(node.graph)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+    with on_fakes(fake_mode_of(node.graph)):
         node.meta["val"] = node.target(*args, **kwargs)
 
 
@@ -167,9 +175,8 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
         stream = iter(values)
         return function(*[next(stream) if isinstance(a, fx.Node) else a for a in args])
 
-    mode = fake_mode_of(graph)
     values = [n.meta["val"] for n in nodes]
-    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+    with on_fakes(fake_mode_of(graph)):
         traced = make_fx(on_values, tracing_mode="real", pre_dispatch=pre_dispatch)(*values)
     env: dict[fx.Node, Any] = {}
     stream = iter(nodes)

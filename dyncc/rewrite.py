@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dyncc.analysis.facts import Facts, analyse
-from dyncc.ir import Program, aten, drop_dead, emit, fake_mode_of, is_tensor, op_name, output_node, outputs, same_size, shape, val
+from dyncc.ir import Program, aten, drop_dead, emit, fake_mode_of, is_tensor, on_fakes, op_name, output_node, outputs, same_size, shape, val
 from dyncc.restrict import Refusal
 
 VIEWS = {
@@ -124,7 +124,7 @@ def check_shapes(graph: fx.Graph) -> None:
         if any(isinstance(val(n), FakeTensor) and val(n).fake_mode is not mode for n in node.all_input_nodes):
             continue  # a constant that capture lifted under a mode of its own
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), val)
-        with mode, torch.no_grad():
+        with on_fakes(mode):
             value = node.target(*args, **kwargs)
         told = val(node)
         if value.dtype != told.dtype or not all(same_size(a, b) for a, b in zip(value.shape, told.shape, strict=True)):

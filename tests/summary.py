@@ -24,6 +24,16 @@ def counts(junit: Path) -> tuple[dict[str, Counter[str]], dict[str, float]]:
     return outcomes, seconds
 
 
+def skips(junit: Path) -> dict[str, list[str]]:
+    """What was skipped: the tests of each reason."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for case in ET.parse(junit).iter("testcase"):
+        skipped = case.find("skipped")
+        if skipped is not None:
+            found[skipped.get("message", "")].append(case.get("name", ""))
+    return found
+
+
 def table(junits: list[Path]) -> str:
     """The table over one or more runs (the quick tests and those marked full, say), with a line of totals."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dyncc.analysis.facts import analyse
 from dyncc.capture import CaptureError, count, from_dynamo, from_model, higher_order_op
-from dyncc.ir import Program, op_name, outputs
+from dyncc.ir import Program, emit, is_mutating, op_name, outputs, refresh
 from dyncc.rewrite import fingerprint
 
 X = torch.randn(2, 6, 8)
@@ -112,6 +112,36 @@ def test_dropout_goes_in_evaluation_only() -> None:
 def test_no_op_conversions_and_whole_slices_go() -> None:
     captured = program(lambda x: x.to(torch.float32)[:, 0:].contiguous().view(2, 6, 8).relu(), X)
     assert [op_name(n) for n in captured.graph.nodes if n.op == "call_function"] == ["relu"]
+
+
+def test_in_place_arithmetic_that_nobody_sees_becomes_ordinary() -> None:
+    captured = program(lambda x: (x @ x.mT).add_(1).masked_fill_(x[..., :1] > 0, 0.0).div_(2), X)
+    assert {op_name(n) for n in captured.graph.nodes} >= {"add", "masked_fill", "div"}
+    assert not any(is_mutating(n) for n in captured.graph.nodes)
+    assert torch.equal(captured.module(X)[0], (X @ X.mT + 1).masked_fill(X[..., :1] > 0, 0.0) / 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.view(6, 16).add_(1),
+        lambda x: (lambda y: (y[0], y.add_(1)))(x @ x.mT),
+        lambda x: (x.half() * 2).add_(x),
+    ],
+    ids=["an input", "seen by a view", "rounded"],
+)
+def test_other_writes_stay_in_place(function: Any) -> None:
+    captured = program(function, X.clone())
+    assert any(is_mutating(n) for n in captured.graph.nodes)
+
+
+def test_a_symbolic_length_survives_new_values() -> None:
+    dims = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=64)}
+    captured = program(lambda x: F.linear(x, x.new_ones(3, 8)), X, dynamic=(dims,))
+    linear = node(captured, "linear")
+    refresh(linear)
+    assert all(isinstance(size, torch.SymInt) for size in linear.meta["val"].shape[:2])
+    assert emit(linear, F.linear, *linear.args).meta["val"].shape == linear.meta["val"].shape
 
 
 def test_an_output_that_is_an_alias_stays_one() -> None:

@@ -52,7 +52,7 @@ def test_door_2_agrees_with_eager(model: ZooModel, attn: Attn) -> None:
     _check_report(optimized.report, model)
 
 
-@pytest.mark.parametrize(("model", "attn"), alternating(1))
+@pytest.mark.parametrize(("model", "attn"), alternating(1, dynamic=True))
 def test_door_2_agrees_at_another_batch_and_length(model: ZooModel, attn: Attn) -> None:
     module, padding = model.build(attn, LAYERS), model.has_mask and attn == model.attns[-1]
     optimized = dyncc.optimize(

@@ -17,7 +17,7 @@ NAMES = [pytest.param(model.name, marks=() if model.name in QUICK else pytest.ma
 @pytest.mark.parametrize("name", NAMES)
 def test_inductor_is_never_over_twice_plain_inductors_error(name: str) -> None:
     model = by_name(name)
-    module, inputs = model.build(model.attns[0], LAYERS), model.inputs()
+    module, inputs = model.build(model.able[0], LAYERS), model.inputs()
     before = len(dyncc.reports())
     with torch.no_grad():
         eager = module(*inputs)

@@ -21,15 +21,24 @@ def by_name(name: str) -> ZooModel:
 
 def every_case() -> list[Any]:
     """Each model in each form of attention, as pytest parameters."""
-    return [pytest.param(model, attn, id=f"{model.name}-{attn}") for model, attn in CASES]
+    return [pytest.param(model, attn, id=f"{model.name}-{attn}", marks=skipped(model, attn)) for model, attn in CASES]
 
 
-def alternating(start: int, *more: Any) -> list[Any]:
+def alternating(start: int, *more: Any, dynamic: bool = False) -> list[Any]:
     """`every_case`, but one form of attention a model in the quick tests (the form alternates, the first model takes form `start`)."""
     return [
-        pytest.param(model, attn, *more, id="-".join([model.name, attn, *more]), marks=_marks(model, attn, start)) for model, attn in CASES
+        pytest.param(
+            model, attn, *more, id="-".join([model.name, attn, *more]), marks=[*skipped(model, attn, dynamic), *_full(model, attn, start)]
+        )
+        for model, attn in CASES
     ]
 
 
-def _marks(model: ZooModel, attn: Attn, start: int) -> Any:
-    return () if attn == model.attns[(start + ZOO.index(model)) % len(model.attns)] else pytest.mark.full
+def skipped(model: ZooModel, attn: Attn, dynamic: bool = False) -> list[Any]:
+    """The mark of a case that the installed libraries cannot do."""
+    reason = model.left_out(attn, dynamic)
+    return [pytest.mark.skip(reason=reason)] if reason else []
+
+
+def _full(model: ZooModel, attn: Attn, start: int) -> list[Any]:
+    return [] if attn == model.able[(start + ZOO.index(model)) % len(model.able)] else [pytest.mark.full]

@@ -8,7 +8,7 @@ from typing import Any
 import transformers as hf
 import zoo_inputs as feed
 from torch import nn
-from zoo_model import BOS, EOS, HEADS, HIDDEN, KV_HEADS, PAD, POSITIONS, VOCAB, WIDE, ZooModel
+from zoo_model import BOS, EOS, HEADS, HIDDEN, KV_HEADS, PAD, POSITIONS, VOCAB, WIDE, Needs, ZooModel
 from zoo_wrappers import TextModel
 
 Make = Callable[[str, int], nn.Module]
@@ -38,8 +38,9 @@ def _llama_like(name: str, **more: Any) -> Make:
 
 
 def _gpt2_config(attn: str, layers: int) -> hf.GPT2Config:
+    """One position more than the longest text: before transformers 5.2, torch.export sets the table's own length apart from the others."""
     return hf.GPT2Config(
-        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=layers, n_head=HEADS, n_inner=WIDE, n_positions=POSITIONS, pad_token_id=PAD,
+        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=layers, n_head=HEADS, n_inner=WIDE, n_positions=POSITIONS + 1, pad_token_id=PAD,
         bos_token_id=BOS, eos_token_id=EOS, num_labels=5, attn_implementation=attn,
     )  # fmt: skip
 
@@ -84,7 +85,8 @@ def _classifier(name: str, make: Make, **flags: Any) -> ZooModel:
 
 
 _HEAD_DIM = HIDDEN // HEADS
-_GROUPED: dict[str, Any] = {"grouped_heads": True}
+_ANY_LENGTH = Needs("torch", "2.13", "torch.export cannot follow repeated keys at every length", dynamic=True)
+_GROUPED: dict[str, Any] = {"grouped_heads": True, "needs": (_ANY_LENGTH,)}
 
 DECODERS: tuple[ZooModel, ...] = (
     _whole("gpt2", gpt2),

@@ -7,7 +7,7 @@ from typing import Any
 import transformers as hf
 import zoo_inputs as feed
 from torch import nn
-from zoo_model import HEADS, HIDDEN, PAD, POSITIONS, VOCAB, WIDE, ZooModel
+from zoo_model import HEADS, HIDDEN, PAD, POSITIONS, VOCAB, WIDE, Needs, ZooModel
 from zoo_wrappers import AudioModel, TextModel
 
 
@@ -56,6 +56,7 @@ def whisper_encoder(attn: str, layers: int) -> nn.Module:
     return AudioModel(hf.WhisperModel(config).encoder)
 
 
+_T5_SDPA = Needs("transformers", "5.15", "the T5 encoder has no sdpa attention", attn="sdpa")
 _UNMASKED: dict[str, Any] = {"has_mask": False, "plain_masks": False}
 
 ENCODERS: tuple[ZooModel, ...] = (
@@ -63,6 +64,6 @@ ENCODERS: tuple[ZooModel, ...] = (
     ZooModel("bert-classifier", bert_classifier, feed.text, feed.dynamic_text, "encoder", has_cls=True, fixed_rows=True),
     ZooModel("roberta", roberta, feed.text, feed.dynamic_text, "encoder", has_cls=True),
     ZooModel("distilbert", distilbert, feed.text, feed.dynamic_text, "encoder", has_cls=True),
-    ZooModel("t5-encoder", t5_encoder, feed.text, feed.dynamic_text, "encoder", plain_masks=False),
+    ZooModel("t5-encoder", t5_encoder, feed.text, feed.dynamic_text, "encoder", plain_masks=False, needs=(_T5_SDPA,)),
     ZooModel("whisper-encoder", whisper_encoder, feed.audio, feed.dynamic_batch, "audio", fixed_tokens=13, **_UNMASKED),
 )

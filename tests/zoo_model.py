@@ -6,12 +6,14 @@ Sizes are chosen so that no two axes can be told apart by luck alone: batch 3, 1
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 BATCH, LENGTH, LAYERS = 3, 11, 4
@@ -24,6 +26,27 @@ VARIANT = re.compile("-(last|classifier|text|vision|encoder)$")
 
 Attn = Literal["sdpa", "eager"]
 Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a library cannot do with a model before `release`, met before dyncc sees a graph: that is left out, for this reason.
+
+    `attn`: in that form of attention only. `dynamic`: at a dynamic batch and length only.
+    """
+
+    library: Literal["torch", "transformers"]
+    release: str
+    reason: str
+    attn: Attn | None = None
+    dynamic: bool = False
+
+    def met(self) -> bool:
+        """Whether the installed library can."""
+        return Version(importlib.metadata.version(self.library)) >= Version(self.release)
+
+    def __str__(self) -> str:
+        return f"{self.reason} before {self.library} {self.release}"
 
 
 @dataclass(frozen=True)
@@ -50,11 +73,22 @@ class ZooModel:
     grouped_heads: bool = False
     plain_masks: bool = True
     attns: tuple[Attn, ...] = ("sdpa", "eager")
+    needs: tuple[Needs, ...] = ()
 
     @property
     def architecture(self) -> str:
         """The name without the task: variants of one model count once."""
         return VARIANT.sub("", self.name)
+
+    def left_out(self, attn: Attn, dynamic: bool = False) -> str:
+        """Why the installed libraries cannot do this form of attention (at a dynamic batch and length), or ""."""
+        lacks = (n for n in self.needs if n.attn in (None, attn) and (dynamic or not n.dynamic) and not n.met())
+        return next(map(str, lacks), "")
+
+    @property
+    def able(self) -> tuple[Attn, ...]:
+        """The forms of attention that the installed libraries can do."""
+        return tuple(attn for attn in self.attns if not self.left_out(attn))
 
     def build(self, attn: Attn = "sdpa", layers: int = LAYERS) -> nn.Module:
         """The model in eval mode, with every parameter (biases and norms too) moved off its initial value by a fixed seed."""
