@@ -1,31 +1,30 @@
 """The whole line in one place: capture -> analysis -> passes -> evidence -> lowering. Read this first.
 
-`rewrite` takes a captured program through the passes and gathers evidence; the two doors (dynamo.py, runtime.py) call it and lower what it
-returns. A usage error raises; a refusal is reported; an internal failure is the caller's to turn into a fallback.
+`rewrite` takes a captured program through the passes and has them judged (judge.py); a pass found wrong is left out and the pipeline runs
+again without it. The two doors (dynamo.py, runtime.py) call it and lower what it returns. A usage error raises; a refusal is reported; an
+internal failure is the caller's to turn into a fallback.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dyncc import verdicts
-from dyncc.analysis.facts import Facts, analyse
+from dyncc.analysis.facts import Facts
 from dyncc.errors import RefusedError
-from dyncc.evidence import beyond_tolerance, quality, run_isolated
 from dyncc.flops import count_flops
 from dyncc.ir import Program, op_name, source_line
+from dyncc.judge import Judge, Link
 from dyncc.pipeline import render
 from dyncc.report import Region, Report, Rewrite
-from dyncc.rewrite import Applied, Context, apply_pass, graph_text, promised_outputs
+from dyncc.rewrite import Applied, Context, Draft, apply_pass, graph_text
 from dyncc.settings import Settings
 
 AUTOCAST = ("_enter_autocast", "_exit_autocast", "wrap_with_autocast")
@@ -50,185 +49,103 @@ def rewrite(program: Program, settings: Settings, examples: Sequence[list[Any]],
         DynccUsageError: an option does not fit the model (a layer that it does not have).
     """
     start = time.perf_counter()
-    facts = analyse(program)
+    draft = Draft.of(program)
     report.seconds["analysis"] = time.perf_counter() - start
-    describe(program, facts, report)
+    describe(draft.facts, report)
     dump = Dump(settings.dump_dir, report)
-    dump.write("captured", program, facts.dump())
-    evidence = Evidence(program, settings, examples, report)
-    current, cuts = program, list[Any]()
-    open_exact = Segment(program, [])
-    for position, passed in enumerate(settings.passes):
-        if not passed.exact:
-            current = _close(open_exact, current, settings, evidence, report)
-        start = time.perf_counter() - evidence.seconds
-        applied = _step(current, passed, evidence, position)
-        seconds = time.perf_counter() - evidence.seconds - start
-        step = _record(passed, current, applied, evidence.measured.pop(position, {}), seconds)
-        report.rewrites.append(step)
-        if applied.modified:
-            dump.write(passed.name, applied.program, "")
-            report.difference[step.text] = _difference(current, applied.program)
-            report.ops[step.text] = _op_difference(current, applied.program)
-            cuts += applied.result.cuts
-        current = applied.program
-        if not passed.exact:
-            open_exact = Segment(current, [])
-        elif applied.modified:
-            open_exact.positions.append(position)
-    current = _close(open_exact, current, settings, evidence, report)
-    evidence.remember(report)
-    report.seconds["passes"] = sum(r.seconds for r in report.rewrites)
-    report.seconds["evidence"] = evidence.seconds
-    report.flops = {"dense": count_flops(program.graph), "now": count_flops(current.graph)}
+    dump.write("captured", program, draft.facts.dump())
+    start = time.perf_counter()
+    judge = Judge(program, settings, examples)
+    report.cached = judge.known is not None
+    costs = Costs()
+    steps = _steps(program, draft, settings, judge, costs)
+    while not judge.accepts([Link(x.after, (x.position,), x.passed.exact) for x in steps if x.applied.modified]):
+        steps = _steps(program, None, settings, judge, costs)
+    report.rewrites += [_record(step, judge.measured.get(step.position, {}), costs) for step in steps]
+    judge.remember(report.rewrites[len(report.rewrites) - len(steps) :])
+    current = steps[-1].after if steps else program
+    for step in steps:
+        if step.applied.modified:
+            dump.write(step.passed.name, step.after, "")
+            text = render([step.passed])
+            report.difference[text] = _difference(step.before, step.after)
+            report.ops[text] = _op_difference(step.before, step.after)
+    report.flops = {"dense": costs[program], "now": costs[current]}
     report.lengths = _lengths(program)
+    report.seconds["passes"] = time.perf_counter() - start - judge.seconds
+    report.seconds["evidence"] = judge.seconds
     dump.write("final", current, str(report))
     refused = [r for r in report.rewrites if not r.applied]
     if settings.strict and refused:
         raise RefusedError(f"{refused[0].text} was refused: {refused[0].reason}")
-    return Outcome(current, program, tuple(cuts))
+    return Outcome(current, program, tuple(cut for x in steps if x.applied.modified for cut in x.applied.result.cuts))
 
 
-def _step(current: Program, passed: Any, evidence: Evidence, position: int) -> Applied:
-    """One pass with its evidence: an earlier verdict, the contract, the cost model, then the numbers."""
-    stored = evidence.stored(position)
-    if stored is not None and not stored["applied"]:
-        return Applied(current, False, False, stored["reason"])
-    if any(op_name(n) in AUTOCAST for n in current.graph.nodes):
-        reason = "the graph switches autocast on or off inside; compile under one autocast setting, or cast the model"
-        return Applied(current, False, False, reason)
-    applied = apply_pass(current, passed, Context(trace=evidence.settings.trace))
-    if not applied.modified or passed.exact:
-        return applied
-    before, after = count_flops(current.graph), count_flops(applied.program.graph)
-    if after >= before:
-        return Applied(current, False, False, f"it would cost more than it saves by the cost model ({before:,} FLOPs now, {after:,} then)")
-    evidence.judge_lossy(position, applied.program)
-    return applied
+class Costs(dict[Program, int]):
+    """FLOPs by program, counted when first asked for."""
+
+    def __missing__(self, program: Program) -> int:
+        self[program] = count_flops(program.graph)
+        return self[program]
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Exact passes in a row: the program in front of them and their positions in the pipeline."""
+class Step:
+    """One pass of the pipeline and what it made of the program before it."""
 
-    start: Program
-    positions: list[int]
+    position: int
+    passed: Any
+    before: Program
+    applied: Applied
+    seconds: float
 
-
-def _close(segment: Segment, current: Program, settings: Settings, evidence: Evidence, report: Report) -> Program:
-    """Check the exact passes of a segment at once on the caller's inputs; where the sum is out of tolerance, undo the guilty."""
-    if not segment.positions or settings.evidence == "off" or evidence.known:
-        return current
-    error, words = evidence.judge_exact(current, segment.start)
-    if not words:
-        for i in segment.positions:
-            report.rewrites[i] = replace(report.rewrites[i], evidence={"error": error})
-        return current
-    return _bisect(segment, settings, evidence, report)
+    @property
+    def after(self) -> Program:
+        return self.applied.program
 
 
-def _bisect(segment: Segment, settings: Settings, evidence: Evidence, report: Report) -> Program:
-    """Apply the segment again pass by pass, leaving out each that is out of tolerance by itself."""
-    current = segment.start
-    for i in segment.positions:
-        applied = apply_pass(current, settings.passes[i], Context(trace=settings.trace))
-        error, words = evidence.judge_exact(applied.program, current)
-        if words:
-            report.rewrites[i] = replace(report.rewrites[i], applied=False, found=0, reason=f"undone: {words}", flops=(0, 0))
-            continue
-        report.rewrites[i] = replace(report.rewrites[i], evidence={"error": error})
+def _steps(program: Program, draft: Draft | None, settings: Settings, judge: Judge, costs: Costs) -> list[Step]:
+    """The pipeline, less what was undone."""
+    steps: list[Step] = []
+    current = program
+    for position, passed in enumerate(settings.passes):
+        start = time.perf_counter()
+        applied = _apply(current, draft, passed, position, settings, judge, costs)
+        draft = applied.left
+        steps.append(Step(position, passed, current, applied, time.perf_counter() - start))
         current = applied.program
-    return current
+    return steps
 
 
-def _record(passed: Any, before: Program, applied: Applied, measured: dict[str, Any], seconds: float) -> Rewrite:
-    result = applied.result
-    nodes = (len(before.graph.nodes), len(applied.program.graph.nodes)) if applied.modified else (0, 0)
-    flops = (count_flops(before.graph), count_flops(applied.program.graph)) if applied.modified else (0, 0)
+def _apply(
+    current: Program, draft: Draft | None, passed: Any, position: int, settings: Settings, judge: Judge, costs: Costs
+) -> Applied:
+    """One pass: an earlier verdict, the contract, then the cost model."""
+    problem = judge.refused(position)
+    if problem is not None:
+        return Applied(current, False, False, problem, left=draft)
+    if any(op_name(n) in AUTOCAST for n in current.graph.nodes):
+        reason = "the graph switches autocast on or off inside; compile under one autocast setting, or cast the model"
+        return Applied(current, False, False, reason)
+    applied = apply_pass(current, passed, Context(trace=settings.trace), draft)
+    if not applied.modified or passed.exact:
+        return applied
+    before, after = costs[current], costs[applied.program]
+    if after >= before:
+        return Applied(current, False, False, f"it would cost more than it saves by the cost model ({before:,} FLOPs now, {after:,} then)")
+    return applied
+
+
+def _record(step: Step, measured: dict[str, Any], costs: Costs) -> Rewrite:
+    applied, result = step.applied, step.applied.result
+    nodes = (len(step.before.graph.nodes), len(step.after.graph.nodes)) if applied.modified else (0, 0)
+    flops = (costs[step.before], costs[step.after]) if applied.modified else (0, 0)
     found = result.found if applied.applied else 0
-    outcome = (applied.applied, applied.reason, passed.exact, found, result.expected, result.misses)
-    return Rewrite(passed.name, render([passed]), *outcome, measured, nodes, flops, seconds)
+    outcome = (applied.applied, applied.reason, step.passed.exact, found, result.expected, result.misses)
+    return Rewrite(step.passed.name, render([step.passed]), *outcome, measured, nodes, flops, step.seconds)
 
 
-class Evidence:
-    """Runs programs on the example inputs in the reference engine, once each, and keeps what earlier processes found out."""
-
-    def __init__(self, dense: Program, settings: Settings, examples: Sequence[list[Any]], report: Report):
-        self.dense, self.settings, self.examples, self.report = dense, settings, list(examples), report
-        self.measured: dict[int, dict[str, Any]] = {}
-        self.seconds = 0.0
-        self.mutates = bool(analyse(dense).mutated)
-        self._results: dict[Program, list[list[Any]]] = {}
-        self._last = dense
-        self.key = ""
-        if settings.evidence != "off" and settings.passes:
-            surroundings = f"{settings.evidence} {settings.engine} {dense.door} {dense.needs_grad}"
-            text = f"{render(settings.passes)} {surroundings} {_sample(self.examples)}"
-            self.key = verdicts.key(graph_text(dense.graph), verdicts.sources(settings.passes), text)
-        self.known = verdicts.get(self.key) if self.key and settings.metric is None else None
-        report.cached = self.known is not None
-
-    def stored(self, position: int) -> dict[str, Any] | None:
-        if self.known is None or position >= len(self.known["rewrites"]):
-            return None
-        entry: dict[str, Any] = self.known["rewrites"][position]
-        self.measured[position] = entry["evidence"]
-        return entry
-
-    def remember(self, report: Report) -> None:
-        if self.key and self.known is None:
-            rows = [{"applied": r.applied, "reason": r.reason, "evidence": r.evidence} for r in report.rewrites]
-            verdicts.put(self.key, {"rewrites": rows})
-
-    def run(self, program: Program) -> list[list[Any]]:
-        """The caller's outputs for every example; those of the dense and of the last program are kept."""
-        if program not in self._results:
-            kept = {p: r for p, r in self._results.items() if p is self.dense or p is self._last}
-            self._results = {**kept, program: [self._run_one(program, values) for values in self.examples]}
-            self._last = program
-        return self._results[program]
-
-    def _run_one(self, program: Program, values: list[Any]) -> list[Any]:
-        results, seconds = run_isolated(program.module, values, self.mutates)
-        self.seconds += seconds
-        promised = promised_outputs(program)
-        return [r for i, r in enumerate(results) if not promised <= i < promised + program.extra_outputs]
-
-    def judge_exact(self, program: Program, against: Program) -> tuple[float, str]:
-        worst, words = 0.0, ""
-        for before, now in zip(self.run(against), self.run(program), strict=True):
-            error, problem = beyond_tolerance(before, now)
-            worst, words = max(worst, error), words or problem
-        return worst, words
-
-    def judge_lossy(self, position: int, program: Program) -> None:
-        """Measure what a lossy pass changes, on every example; the worst figures are kept."""
-        if self.settings.evidence == "off" or self.known is not None:
-            return
-        figures: dict[str, Any] = {"examples": len(self.examples)}
-        for dense, now in zip(self.run(self.dense), self.run(program), strict=True):
-            measured = {"metric": self.settings.metric(dense, now)} if self.settings.metric else quality(dense, now)
-            for name, value in measured.items():
-                worse = max if name in ("error", "kl") else min
-                figures[name] = worse(figures[name], value) if name in figures else value
-        self.measured[position] = figures
-
-
-def _sample(examples: Sequence[list[Any]]) -> str:
-    """A short text of the examples' and weights' sizes and a few of their values: another model or input is another verdict."""
-    digest = hashlib.sha256()
-    for values in examples:
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                flat = value.detach().flatten()
-                some = flat[:: max(1, flat.numel() // 16)][:16].float().tolist()
-                digest.update(f"{tuple(value.shape)}{value.dtype}{some}".encode())
-            else:
-                digest.update(str(value).encode())
-    return digest.hexdigest()
-
-
-def describe(program: Program, facts: Facts, report: Report) -> None:
+def describe(facts: Facts, report: Report) -> None:
     """Fill in what was found."""
     report.expected_attention, report.found_attention = facts.expected, facts.found
     report.not_understood = list(facts.misses)

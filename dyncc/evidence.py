@@ -1,7 +1,8 @@
-"""Evidence: what a rewrite does to the caller's own outputs, measured in the reference engine on clones of the caller's inputs."""
+"""Evidence: how far values move, measured in the reference engine on the caller's inputs; isolated runs, distances, tolerances."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-"""Largest max|a-b| / max|a| of an output after an exact pass, by dtype: rounding of another summation order, accumulated over layers."""
+"""Largest max|a-b| / max|a| of an output or of a rewritten value after an exact pass, by dtype: rounding of another summation order,
+accumulated over layers where whole runs are compared."""
 
 
 def cloned(values: Sequence[Any]) -> list[Any]:
@@ -54,12 +56,27 @@ def relative_error(a: Any, b: Any) -> float:
         return 0.0 if torch.equal(a, b) else float("inf")
     if a.dtype.itemsize < 4:
         a, b = a.float(), b.float()
+    worst, scale = _largest(a - b), _largest(a)
+    if scale and math.isfinite(worst) and math.isfinite(scale):
+        return worst / scale
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):
         return 0.0
-    gap = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
+    gap = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
     scale = a[a.isfinite()].abs().amax().item() if bool(a.isfinite().any()) else 0.0
     return float(gap.amax().item()) / scale if scale else float("inf")
+
+
+def _largest(x: torch.Tensor) -> float:
+    """max|x|; NaN where one is in it."""
+    low, high = (end.item() for end in torch.aminmax(x))
+    return float(max(-low, high, key=lambda end: math.inf if math.isnan(end) else end))
+
+
+def out_of_tolerance(what: str, error: float, dtype: torch.dtype | None) -> str:
+    """Words about a value that moved by more than rounding; '' where it did not."""
+    limit = TOLERANCE.get(dtype, 0.0) if dtype is not None else 0.0
+    return f"{what} differs by {error:.1e} of its largest value, more than {limit:.0e} for {dtype}" if error > limit else ""
 
 
 def beyond_tolerance(dense: Sequence[Any], other: Sequence[Any]) -> tuple[float, str]:
@@ -67,9 +84,7 @@ def beyond_tolerance(dense: Sequence[Any], other: Sequence[Any]) -> tuple[float,
     worst, words = 0.0, ""
     for i, (a, b) in enumerate(zip(dense, other, strict=False)):
         error = relative_error(a, b)
-        limit = TOLERANCE.get(a.dtype, 0.0) if isinstance(a, torch.Tensor) else 0.0
-        if error > limit and not words:
-            words = f"output {i} differs by {error:.1e} of its largest value, more than {limit:.0e} for {a.dtype}"
+        words = words or out_of_tolerance(f"output {i}", error, a.dtype if isinstance(a, torch.Tensor) else None)
         worst = max(worst, error)
     return worst, words
 

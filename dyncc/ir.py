@@ -130,6 +130,11 @@ def replace_operands(node: fx.Node, by_slot: dict[int, fx.Node]) -> None:
     node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: by_slot.get(next(counter), n))
 
 
+def plain_arguments(node: fx.Node) -> str:
+    """What a call is told besides its operands: its arguments as text, with a mark where each operand stands."""
+    return str(fx.node.map_arg((node.args, node.kwargs), lambda n: "%"))
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument of an ATen call by its schema name, wherever it stands; the schema's default otherwise."""
     if name in node.kwargs:

@@ -1,8 +1,9 @@
 """The rewrite framework: what a pass is, and the contract that the framework (not the pass) enforces.
 
-A pass matches, checks, replaces. It edits the copy it is given, or raises `Refusal` with words a user can act on. Afterwards the framework
-lints the graph, compares outputs' shapes, strides, dtypes and aliasing with what the caller was promised, and finds out by itself whether
-anything was modified.
+A pass matches, checks, replaces. It edits the copy it is given, or raises `Refusal` with words a user can act on. A call that is not
+rewritten keeps its node: where an exact pass gives such a node another operand of the same size, evidence compares the two operands
+(beside.py). Afterwards the framework lints the graph, compares outputs' shapes, strides, dtypes and aliasing with what the caller was
+promised, and finds out by itself whether anything was modified.
 """
 
 from __future__ import annotations
@@ -15,7 +16,23 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dyncc.analysis.facts import Facts, analyse
-from dyncc.ir import Program, aten, drop_dead, emit, fake_mode_of, is_tensor, on_fakes, op_name, output_node, outputs, same_size, shape, val
+from dyncc.ir import (
+    Program,
+    aten,
+    drop_dead,
+    emit,
+    fake_mode_of,
+    is_tensor,
+    on_fakes,
+    op_name,
+    operands,
+    output_node,
+    outputs,
+    plain_arguments,
+    same_size,
+    shape,
+    val,
+)
 from dyncc.restrict import Refusal
 
 VIEWS = {
@@ -58,32 +75,54 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A copy of a program for a pass to edit, with its facts."""
+
+    program: Program
+    facts: Facts
+
+    @classmethod
+    def of(cls, program: Program) -> Draft:
+        copy = program.copy()
+        return cls(copy, analyse(copy))
+
+
+@dataclass(frozen=True)
 class Applied:
-    """The outcome of one pass: the program after it (the one before it when refused) and what to tell the user."""
+    """The outcome of one pass: the program after it (the one before it when refused) and what to tell the user; `left` is the draft of that
+    program when the pass did not touch it."""
 
     program: Program
     applied: bool
     modified: bool
     reason: str
     result: PassResult = field(default_factory=lambda: PassResult(0, 0))
+    left: Draft | None = None
 
 
-def apply_pass(program: Program, passed: Pass, context: Context) -> Applied:
-    """Run one pass under the contract; a refusal or a broken contract leaves the program as it was."""
+def apply_pass(program: Program, passed: Pass, context: Context, draft: Draft | None = None) -> Applied:
+    """Run one pass under the contract; a refusal or a broken contract leaves the program as it was. `draft` spares making one."""
     if program.needs_grad and not passed.keeps_gradients:
-        return Applied(program, False, False, "gradients are on for this graph; wrap the call in torch.inference_mode() or torch.no_grad()")
-    candidate = program.copy()
+        reason = "gradients are on for this graph; wrap the call in torch.inference_mode() or torch.no_grad()"
+        return Applied(program, False, False, reason, left=draft)
+    draft = draft or Draft.of(program)
+    candidate = draft.program
     try:
-        result = passed.run(candidate, analyse(candidate), context)
+        result = passed.run(candidate, draft.facts, context)
         candidate = replace(candidate, extra_outputs=len(outputs(candidate.graph)) - promised_outputs(program))
         modified = _finish(program, candidate, result)
     except Refusal as refusal:
-        return Applied(program, False, False, str(refusal))
+        return Applied(program, False, False, str(refusal), left=draft if _same_nodes(program.graph, draft.program.graph) else None)
     return Applied(candidate if modified else program, True, modified, result.reason, result)
 
 
 def promised_outputs(program: Program) -> int:
     return len(outputs(program.graph)) - program.extra_outputs
+
+
+def callers_outputs(program: Program) -> list[Any]:
+    """What the graph returns, less what was added for the masked form."""
+    return outputs(program.graph)[: promised_outputs(program)]
 
 
 def _finish(before: Program, after: Program, result: PassResult) -> bool:
@@ -92,7 +131,7 @@ def _finish(before: Program, after: Program, result: PassResult) -> bool:
     after.graph.lint()
     after.module.recompile()
     check_outputs(before, after, result.shortened_outputs)
-    check_shapes(after.graph)
+    check_shapes(before.graph, after.graph)
     return fingerprint(before.graph) != fingerprint(after.graph)
 
 
@@ -100,7 +139,7 @@ def _keep_strides(before: Program, after: Program, shortened: frozenset[int]) ->
     """Lay rewritten outputs out in memory as torch.compile was promised (sizes must be known for that)."""
     if before.door != 1:
         return
-    out, olds = output_node(after.graph), outputs(before.graph)[: promised_outputs(before)]
+    out, olds = output_node(after.graph), callers_outputs(before)
     news = outputs(after.graph)
     for i, old in enumerate(olds):
         if i in shortened or not is_tensor(old) or not is_tensor(news[i]):
@@ -111,15 +150,16 @@ def _keep_strides(before: Program, after: Program, shortened: frozenset[int]) ->
     out.args = (tuple(news),)
 
 
-def check_shapes(graph: fx.Graph) -> None:
-    """Propagate fake values through the whole graph again: every node must hold what its operands give.
+def check_shapes(before: fx.Graph, graph: fx.Graph) -> None:
+    """Propagate fake values again wherever a pass edited: every node must hold what its operands give.
 
     Raises:
         RuntimeError: a node's recorded shape or dtype is not what its operands give (a bug in a pass, never the user's fault).
     """
     mode = fake_mode_of(graph)
+    olds = {n.name: n for n in before.nodes}
     for node in graph.nodes:
-        if mode is None or not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
+        if mode is None or not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload) or _untouched(node, olds):
             continue
         if any(isinstance(val(n), FakeTensor) and val(n).fake_mode is not mode for n in node.all_input_nodes):
             continue  # a constant that capture lifted under a mode of its own
@@ -132,13 +172,29 @@ def check_shapes(graph: fx.Graph) -> None:
             raise RuntimeError(f"{node.name} is recorded as {told.dtype}{list(told.shape)} but its operands give {found}")
 
 
+def _untouched(node: fx.Node, olds: dict[str, fx.Node]) -> bool:
+    """Whether a node is the copy of one that was there before, with the same arguments and the very same fake values."""
+    old = olds.get(node.name)
+    if old is None or old.target is not node.target or val(old) is not val(node):
+        return False
+    olds_in, news_in = operands(old), operands(node)
+    if len(olds_in) != len(news_in) or any(val(a) is not val(b) or a.name != b.name for a, b in zip(olds_in, news_in, strict=True)):
+        return False
+    return plain_arguments(old) == plain_arguments(node)
+
+
+def _same_nodes(before: fx.Graph, after: fx.Graph) -> bool:
+    olds = {n.name: n for n in before.nodes}
+    return list(olds) == [n.name for n in after.nodes] and all(_untouched(n, olds) for n in after.nodes)
+
+
 def check_outputs(before: Program, after: Program, shortened: frozenset[int] = frozenset()) -> None:
     """Outputs keep shape, stride, dtype and aliasing; those in `shortened` may be shorter.
 
     Raises:
         Refusal: one does not; it is named by its position.
     """
-    olds, news = outputs(before.graph)[: promised_outputs(before)], outputs(after.graph)
+    olds, news = callers_outputs(before), outputs(after.graph)
     for i, (old, new) in enumerate(zip(olds, news, strict=False)):
         if not is_tensor(old):
             continue

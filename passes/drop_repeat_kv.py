@@ -16,7 +16,7 @@ from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.facts import Facts
-from dyncc.ir import argument, aten, emit, hint, is_tensor, op_name, operands, same_size, shape, val
+from dyncc.ir import argument, aten, emit, hint, is_tensor, op_name, operands, refresh, same_size, shape, val
 from dyncc.passes.gqa_forms import fastest
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
@@ -106,19 +106,24 @@ def _one_row(mask: fx.Node, q: fx.Node) -> bool:
 
 
 def _replace(sdpa: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, form: str, causal: bool) -> None:
-    scale = argument(sdpa, "scale")
-    masks = [] if mask is None else [mask]
-
-    def native(q: Any, k: Any, v: Any, *masks: Any) -> Any:
-        return aten.scaled_dot_product_attention.default(q, k, v, masks[0] if masks else None, 0.0, causal, scale=scale, enable_gqa=True)
-
-    def folded(q: Any, k: Any, v: Any, *masks: Any) -> Any:
-        return fold(q, k, v, masks[0] if masks else None, scale)
-
-    new = emit(sdpa, native if form == "native" else folded, q, k, v, *masks)
+    new = _native(sdpa, q, k, v, mask, causal) if form == "native" else _folded(sdpa, q, k, v, mask)
     new.meta = {**sdpa.meta, "val": new.meta["val"]}
     sdpa.replace_all_uses_with(new)
     sdpa.graph.erase_node(sdpa)
+
+
+def _native(sdpa: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, causal: bool) -> fx.Node:
+    options = {"enable_gqa": True} if (scale := argument(sdpa, "scale")) is None else {"scale": scale, "enable_gqa": True}
+    with sdpa.graph.inserting_before(sdpa):
+        new = sdpa.graph.call_function(aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, causal), options)
+    refresh(new)
+    return new
+
+
+def _folded(sdpa: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> fx.Node:
+    scale = argument(sdpa, "scale")
+    new: fx.Node = emit(sdpa, lambda q, k, v, *masks: fold(q, k, v, masks[0] if masks else None, scale), q, k, v, *([mask] if mask else []))
+    return new
 
 
 def fold(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:

@@ -211,6 +211,8 @@ def test_small_keys_and_other_devices_are_not_measured(question: tuple[Any, ...]
 def test_the_fastest_is_taken_and_the_copy_only_where_clearly_faster(
     seconds: tuple[float, ...], best: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = iter(seconds)
-    monkeypatch.setattr(gqa_forms, "_seconds", lambda form, *inputs: (form(*inputs), next(stream))[1])
+    def in_turns(forms: dict[str, Callable[..., Any]], *inputs: Any) -> dict[str, float]:
+        return {name: (form(*inputs), taken)[1] for (name, form), taken in zip(forms.items(), seconds, strict=True)}
+
+    monkeypatch.setattr(gqa_forms, "_in_turns", in_turns)
     assert gqa_forms._measure((1, 4, 1, 8), (1, 2, 6, 8), torch.float32, torch.bool, False, True) == best

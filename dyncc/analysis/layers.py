@@ -123,7 +123,7 @@ def _layers(
         starts.append(feeding[-1])
     if len(set(starts)) < len(starts):
         return f"attention {members[0].index}: no residual spine lies between the attentions"
-    after = [[n for n in spine if order[n] > order[r.out] and n in descendants(r.out)] for r in members]
+    after = [_behind(r.out, spine, order) for r in members]
     if any(not a for a in after):
         return f"attention {next(r.index for r, a in zip(members, after, strict=True) if not a)}: it does not return to the residual spine"
     last = _last_residual(after[-1], starts[-1])
@@ -137,6 +137,11 @@ def _layers(
     others = [d for i, d in enumerate(dims) if i < place]
     batch = others[0] if len(others) == 1 else ()
     return Stack(axis, batch, place, layers, tuple(spine), sink)
+
+
+def _behind(out: fx.Node, spine: list[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
+    reach = descendants(out)
+    return [n for n in spine if order[n] > order[out] and n in reach]
 
 
 def _last_residual(after: list[fx.Node], start: fx.Node) -> fx.Node:
