@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._export.verifier import TrainingIRVerifier
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -101,6 +102,7 @@ def _assemble(
         [ModuleCallEntry("", call)],
         example,
         constants,
+        verifiers=[TrainingIRVerifier],  # the graph may write in place, as torch.export's own may
     )
 
 

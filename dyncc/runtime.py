@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,15 @@ from dyncc.report import Report, add_report
 from dyncc.settings import Settings
 from dyncc.surface import check_surface
 
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
+
 
 class Optimized:
     """A rewritten model. Call it like the model; `report` says what was done. Weights are the model's own tensors, not copies."""
 
-    def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report):
-        self._outcome, self._signature, self.report = outcome, signature, report
+    def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report, example: Example | None = None):
+        self._outcome, self._signature, self.report, self.example = outcome, signature, report, example
         self._settings = settings
         self._dynamic = bool(_symbols(outcome.dense))
         self._lowered: dict[Program, Any] = {}
@@ -78,6 +82,12 @@ class Optimized:
             chosen = selections(self._outcome.cuts, values, lengths)
             results = Masked(self._outcome.dense.module, chosen).run(*flat)
         return self._shaped(list(results))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artefact that `dyncc.load(folder)` reads: program, weights, plan, report and example inputs; no pickles."""
+        from dyncc.artefact import save
+
+        return save(self, folder)
 
     def _length(self, cut: Any, flat: list[Any]) -> int:
         """The full number of rows at a cut, for this call's sizes."""
@@ -221,7 +231,7 @@ def optimize(
     calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
     flat = [_flat_example(program, signature, a, k) for a, k in calls]
     outcome = _rewrite(program, settings, flat, report)
-    optimized = Optimized(outcome, signature, settings, report)
+    optimized = Optimized(outcome, signature, settings, report, (tuple(args), _ordered(kwargs or {}, signature.in_spec)))
     if evidence == "timed" and settings.engine != "reference" and any(r.applied and r.nodes[0] for r in report.rewrites):
         from dyncc.breakeven import check_break_even
 
