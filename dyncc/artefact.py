@@ -43,14 +43,19 @@ def save(optimized: Optimized, path: str | Path) -> Path:
         UnsupportedModel: the model takes, returns or holds what cannot be written down.
     """
     with replaced_folder(path, is_artefact) as folder:
-        _write(optimized, folder)
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(folder.iterdir())}
-        manifest = {"format": FORMAT, "version": VERSION, "dyncc": version("dyncc"), "torch": torch.__version__, "files": files}
-        _write_json(folder / "manifest.json", {**manifest, "sha256": _seal(manifest)})
+        write(optimized, folder)
     return Path(path)
 
 
-def _write(optimized: Optimized, folder: Path) -> None:
+def write(optimized: Optimized, folder: Path) -> None:
+    """Fill an empty folder."""
+    _write_files(optimized, folder)
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "version": VERSION, "dyncc": version("dyncc"), "torch": torch.__version__, "files": files}
+    _write_json(folder / "manifest.json", {**manifest, "sha256": _seal(manifest)})
+
+
+def _write_files(optimized: Optimized, folder: Path) -> None:
     from dyncc.serialised import to_text
 
     outcome, signature, report = optimized._outcome, optimized._signature, optimized.report

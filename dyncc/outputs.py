@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,11 +17,28 @@ def writable_folder(path: str | Path) -> Path:
     """Make the folder where needed and prove that a file can be written in it; else OutputNotWritable."""
     folder = Path(path).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".dyncc-"):
             return folder
     except OSError as error:
         raise OutputNotWritable(path=folder, problem=error.strerror or str(error)) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+
+
+def check_place(path: str | Path, ours: Callable[[Path], bool] | None = None) -> Path:
+    """The absolute place of a file, or with `ours` of a folder, that may be written: nothing else stands there; else OutputNotWritable."""
+    target = Path(path).expanduser().resolve()
+    if ours is None and target.is_dir():
+        raise OutputNotWritable(path=path, problem="a folder stands there; choose another name, or remove it")
+    if ours is not None and target.exists() and not (target.is_dir() and (ours(target) or not any(target.iterdir()))):
+        raise OutputNotWritable(path=path, problem="something else stands there; choose another name, or remove it")
+    return target
 
 
 @contextmanager
@@ -34,10 +52,8 @@ def replaced_folder(path: str | Path, ours: Callable[[Path], bool]) -> Iterator[
     Raises:
         OutputNotWritable: the place cannot be written, or holds something else.
     """
-    target = Path(path).expanduser().resolve()
-    restore(target)
-    if target.exists() and not (target.is_dir() and (ours(target) or not any(target.iterdir()))):
-        raise OutputNotWritable(path=path, problem="something else stands there; choose another name, or remove it")
+    restore(Path(path).expanduser().resolve())
+    target = check_place(path, ours)
     with _told(path), _beside(target) as fresh:
         yield fresh
         _sync(fresh)
@@ -52,9 +68,7 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     Raises:
         OutputNotWritable: the place cannot be written.
     """
-    target = Path(path).expanduser().resolve()
-    if target.is_dir():
-        raise OutputNotWritable(path=path, problem="a folder stands there; choose another name, or remove it")
+    target = check_place(path)
     with _told(path), _beside(target) as fresh:
         yield fresh / target.name
         _sync(fresh)
@@ -92,7 +106,7 @@ def _swap(fresh: Path, target: Path) -> None:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make(target.parent)
     fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-", suffix=".part"))
     try:
         yield fresh

@@ -176,6 +176,8 @@ def check_inputs(program: Program, flat: list[Any]) -> None:
 
 
 def _check_size(name: str, dim: int, size: Any, actual: int, bound: dict[Any, int]) -> None:
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        size = int(size.node.expr)
     if isinstance(size, int):
         if actual != size:
             hint = "pass dynamic_shapes to optimize() for sizes that vary"

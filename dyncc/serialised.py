@@ -83,6 +83,8 @@ def screen(tree: Any) -> None:
     Traceback (most recent call last):
     dyncc.errors.ArtefactUnreadable: not loaded: it calls 'torch.os.system', which is no op of a model; save it again from the model
     """
+    if isinstance(tree, dict) and tree.get("guards_code"):
+        raise ArtefactUnreadable(problem="it brings code of its own", hint="save it again from the model")
     for entry in _objects(tree):
         target, size = entry.get("target"), entry.get("expr_str")
         if isinstance(target, str) and not TARGET.fullmatch(target):
