@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dyncc.artefact import load
     from dyncc.catalogue import PassInfo, list_passes
     from dyncc.errors import DynccError, DynccUsageError, RefusedError
     from dyncc.report import Region, Report, Rewrite, reports
@@ -22,6 +23,7 @@ _PLACES = {
     "Rewrite": "report",
     "explain": "runtime",
     "list_passes": "catalogue",
+    "load": "artefact",
     "optimize": "runtime",
     "reports": "report",
 }
@@ -29,7 +31,7 @@ _PLACES = {
 __version__ = "0.1.0"
 __all__ = [
     "DynccError", "DynccUsageError", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite", "explain", "list_passes",
-    "optimize", "reports",
+    "load", "optimize", "reports",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `dyncc passes | explain | bench | demo | cache`.
+"""The command line: `dyncc passes | explain | bench | convert | demo | cache`.
 
 Results go to stdout (with --json as JSON), messages to stderr. Exit codes: 0 done, 1 a check failed, 2 bad use or input.
 Whatever takes long to import is imported inside the command that needs it.
@@ -114,6 +114,47 @@ def bench(
         result = measure(*load(model), **settings, title=model, progress=tell)
     _print_json(result.to_dict()) if as_json else _print(str(result))
     return FAILED if result.fallbacks or result.timings.failures else DONE
+
+
+@app.command()
+def convert(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="name.onnx, name.pt2, name.aoti.pt2, or a folder for a dyncc artefact")],
+    passes: Passes = None,
+    verify: Annotated[bool, typer.Option(help="run the file before it takes its place")] = True,
+    dynamic: Annotated[bool, typer.Option(help="let the batch, and the length of token ids and masks, vary where the model allows")] = True,
+    engine: Engine = "inductor",
+    evidence: Annotated[str, typer.Option(help="off, numeric or timed")] = "numeric",
+    strict: Annotated[bool, typer.Option("--strict", help="a refusal is a failure (exit code 1)")] = False,
+    as_json: Json = False,
+) -> int:
+    """Optimize a model and write it as ONNX, as a program of torch.export, as an AOTInductor package, or as a dyncc artefact."""
+    from dyncc.options import check_engine, check_evidence
+
+    check_engine(engine)
+    check_evidence(evidence)
+    _check_passes(passes)
+    with _quiet_stdout():
+        from dyncc.convert import check_output, convert_model
+        from dyncc.loading import load
+
+        check_output(output)
+        settings: dict[str, Any] = {"passes": passes, "engine": engine, "evidence": evidence, "strict": strict}
+        written = convert_model(*load(model), output, verify=verify, dynamic=dynamic, tell=_note, **settings)
+    return _print_json(written) if as_json else _print(_written(written))
+
+
+def _written(result: dict[str, Any]) -> str:
+    lines = [f"{result['path']}: {result['kind']}, {result['bytes']:,} bytes, {result['seconds']:.1f} s"]
+    lines += [f"  {text}: {state}" for state in ("applied", "refused") for text in result[state]]
+    lines.append(f"  holds for: {result['holds_for']}")
+    found = result["verified"]
+    lines.append("  not verified" if found is None else f"  verified: {found}")
+    return "\n".join(lines)
+
+
+def _note(message: str) -> None:
+    typer.echo(message, err=True)
 
 
 @app.command()

@@ -166,7 +166,7 @@ def _lengths(program: Program) -> str:
     for node in program.graph.nodes:
         if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
             for dim, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt) and str(size) not in seen:
+                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols and str(size) not in seen:
                     bounds = size.node.shape_env.bound_sympy(size.node.expr)
                     upper = "any" if not bounds.upper.is_Integer or bounds.upper > 1 << 40 else str(bounds.upper)
                     seen[str(size)] = f"{node.name}[{dim}] from {bounds.lower} to {upper} (measured at {size.node.hint})"

@@ -175,3 +175,49 @@ class PackageMissing(DynccUsageError, ImportError):
     """Something was asked for that needs a package which is not installed."""
 
     template = "{package} is needed {purpose} and is not installed; pip install {package}"
+
+
+class NotAnArtefact(DynccUsageError):
+    """A folder that `dyncc.load` was asked for and that `Optimized.save` did not write."""
+
+    template = "{path} is not a dyncc artefact: {problem}; write one with dyncc.optimize(...).save(folder)"
+
+
+class ArtefactTooNew(DynccUsageError):
+    """An artefact in a format that this dyncc does not know."""
+
+    template = "{path} has artefact format {found}, and this dyncc reads up to {known}; upgrade dyncc (it was written by dyncc {writer})"
+
+
+class ArtefactTruncated(DynccUsageError):
+    """A file of an artefact is missing or shorter than it was written."""
+
+    template = "{path} is incomplete: {file} {problem}; copy the folder again, or save it again"
+
+
+class ArtefactDamaged(DynccUsageError):
+    """A file of an artefact is not what was written."""
+
+    template = "{path} is damaged: {file} is not what was saved (wrong checksum); copy the folder again, or save it again"
+
+
+class ArtefactEdited(DynccUsageError):
+    """A text of an artefact was changed by hand: what is written there no longer belongs to the program beside it."""
+
+    template = "{path} was edited: {file} is not what was saved (wrong checksum); restore it, or optimize and save again with another plan"
+
+
+class ArtefactUnreadable(DynccUsageError):
+    """An artefact is whole, but this torch, device or environment cannot take it."""
+
+    template = "not loaded: {problem}; {hint}"
+
+
+class UnknownOutputKind(DynccUsageError):
+    """`dyncc convert` was given a name whose ending says nothing about what to write."""
+
+    template = "cannot tell what to write to {path}: end it in .onnx, .pt2 or .aoti.pt2, or in nothing for a dyncc artefact folder"
+
+
+class FileMismatch(DynccError):
+    """A file that was written gives other outputs than the model it was written from. It was removed."""

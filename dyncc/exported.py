@@ -39,7 +39,6 @@ def flat(program: Program, signature: Signature, example: Sequence[torch.Tensor]
     kept = [i for i in _user_outputs(copy, signature) if isinstance(outputs(copy.graph)[i], fx.Node)]
     _, out_spec = pytree.tree_flatten((0,) * len(kept))
     exported = _assemble(copy, signature, kept, (in_spec, out_spec), (tuple(example), {}))
-    exported._guards_code = []  # they are spelled in the names of the model's own arguments; sizes and ranges are still checked
     for argument in exported.module_call_graph[0].signature.outputs:
         argument.name = ""  # decomposition gives the results other names and does not follow with these
     return exported
@@ -95,7 +94,7 @@ def _assemble(
     )
     held = dict(zip([given.name for given in program.inputs], signature.state, strict=False))
     constants = {spec.target: held[spec.target] for spec in inputs if spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False}
-    return ExportedProgram(
+    exported = ExportedProgram(
         program.module,
         graph,
         ExportGraphSignature(inputs, [*mutated, *results]),
@@ -103,9 +102,11 @@ def _assemble(
         _ranges(graph),
         [ModuleCallEntry("", call)],
         example,
-        constants=constants,
-        verifiers=[TrainingIRVerifier],  # in-place ops on values of the graph's own are allowed
+        constants,
+        verifiers=[TrainingIRVerifier],  # the graph may write in place, as torch.export's own may
     )
+    exported._guards_code = []  # of other argument names, and most of strides alone; sizes and ranges are still checked
+    return exported
 
 
 def _input(node: fx.Node, given: Iterator[Any]) -> InputSpec:

@@ -6,6 +6,7 @@ MODEL is `module:factory`, a `.pt2` file, or a folder that transformers can load
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
@@ -144,18 +145,29 @@ def _no_pickles() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _from_pt2(path: Path) -> Loaded:
+def load_program(path: Path) -> torch.export.ExportedProgram:
+    """The program in a `.pt2` file, tensors read without unpickling anything else; NotAPt2 where there is none."""
     import zipfile
 
     import torch
 
+    from dyncc.serialised import register_types
+
     if not zipfile.is_zipfile(path):
         raise NotAPt2(path=path, problem="it is not an archive; save one with torch.export.save(program, path)")
     try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("models/model.json"):
+                    register_types(json.loads(archive.read(name)))
         with _no_pickles():
-            program = torch.export.load(path)
+            return torch.export.load(path)
     except Exception as error:
         raise NotAPt2(path=path, problem=_told(error)) from error
+
+
+def _from_pt2(path: Path) -> Loaded:
+    program = load_program(path)
     if program.example_inputs is None:
         raise NotAPt2(path=path, problem="it holds no example inputs; export it with the inputs that stand for real use")
     args, kwargs = program.example_inputs

@@ -26,12 +26,15 @@ from dyncc.report import Report, add_report
 from dyncc.settings import Settings
 from dyncc.surface import check_surface
 
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
+
 
 class Optimized:
     """A rewritten model. Call it like the model; `report` says what was done. Weights are the model's own tensors, not copies."""
 
-    def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report, example: Sequence[torch.Tensor]):
-        self._outcome, self._signature, self.report, self._example = outcome, signature, report, example
+    def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report, example: Example | None = None):
+        self._outcome, self._signature, self.report, self.example = outcome, signature, report, example
         self._settings = settings
         self._dynamic = bool(_symbols(outcome.dense))
         self._lowered: dict[Program, Any] = {}
@@ -84,7 +87,8 @@ class Optimized:
             "dyncc.holds_for": report.lengths,
         }
         programs = (self._outcome.program, self._outcome.dense)
-        return write(Path(path), programs, self._signature, self._example, metadata=told, verify=verify, portable=portable)
+        example = self._flat(*self.example)[len(self._signature.state) :] if self.example is not None else []
+        return write(Path(path), programs, self._signature, example, metadata=told, verify=verify, portable=portable)
 
     def masked(self, *args: Any, **kwargs: Any) -> Any:
         """The masked form: everything computed, what the selections left out hidden. Needs `optimize(..., masked=True)`.
@@ -103,6 +107,12 @@ class Optimized:
             chosen = selections(self._outcome.cuts, values, lengths)
             results = Masked(self._outcome.dense.module, chosen).run(*flat)
         return self._shaped(list(results))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artefact that `dyncc.load(folder)` reads: program, weights, plan, report and example inputs; no pickles."""
+        from dyncc.artefact import save
+
+        return save(self, folder)
 
     def _length(self, cut: Any, flat: list[Any]) -> int:
         """The full number of rows at a cut, for this call's sizes."""
@@ -200,6 +210,8 @@ def check_conditions(signature: Signature, bound: dict[Any, int]) -> None:
 
 
 def _check_size(name: str, dim: int, size: Any, actual: int, bound: dict[Any, int]) -> None:
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        size = int(size.node.expr)
     if isinstance(size, int):
         if actual != size:
             hint = "pass dynamic_shapes to optimize() for sizes that vary"
@@ -255,7 +267,7 @@ def optimize(
     calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
     flat = [_flat_example(program, signature, a, k) for a, k in calls]
     outcome = _rewrite(program, settings, flat, report)
-    optimized = Optimized(outcome, signature, settings, report, flat[0][len(signature.state) :])
+    optimized = Optimized(outcome, signature, settings, report, (tuple(args), _ordered(kwargs or {}, signature.in_spec)))
     if evidence == "timed" and settings.engine != "reference" and any(r.applied and r.nodes[0] for r in report.rewrites):
         from dyncc.breakeven import check_break_even
 

@@ -48,7 +48,8 @@ def cpu_model() -> str:
 
 
 @functools.cache
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package, or "none"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -72,7 +73,7 @@ def sources(passes: Iterable[object]) -> tuple[str, ...]:
 
 def key(graph: str, pass_sources: Iterable[str], options: str) -> str:
     """The name of a verdict: everything that could change it, hashed."""
-    versions = [_version("torch"), _version("dyncc"), _own_code()]
+    versions = [version("torch"), version("dyncc"), _own_code()]
     parts = [_FORMAT, graph, list(pass_sources), options, versions, cpu_model()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

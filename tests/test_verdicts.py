@@ -47,7 +47,7 @@ def test_the_key_holds_everything_that_matters(monkeypatch: pytest.MonkeyPatch) 
     assert first == name()
     assert len({first, verdicts.key("other", ["one", "two"], "text"), verdicts.key("graph", ["onetwo"], "text")}) == 3
     assert verdicts.key("graph", ["one", "two"], "other") != first
-    for target, value in (("cpu_model", lambda: "another CPU"), ("_version", lambda package: "0")):
+    for target, value in (("cpu_model", lambda: "another CPU"), ("version", lambda package: "0")):
         with monkeypatch.context() as patch:
             patch.setattr(verdicts, target, value)
             assert name() != first
