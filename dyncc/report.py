@@ -39,11 +39,14 @@ class Rewrite:
 @dataclass
 class Report:
     """All about one graph. `fallback` names why the plain engine runs instead; None when dyncc lowered the graph itself.
+    `engine` is what runs; `engine_refused` says which engine did not take the graph and why, `engine_notes` what the one that runs tells.
     `difference` holds each applied pass's graph difference as text, `ops` as a count of ops that came (+) and went (-)."""
 
     frame: str = ""
     number: int = 0
     engine: str = "inductor"
+    engine_refused: str | None = None
+    engine_notes: list[str] = field(default_factory=list)
     recompiled: str | None = None
     regions: list[Region] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
@@ -70,6 +73,9 @@ class Report:
         lines += [f"  not understood: {m}" for m in self.not_understood]
         if self.fallback:
             lines.append(f"  fallback to the plain engine: {self.fallback}")
+        if self.engine_refused:
+            lines.append(f"  engine not taken: {self.engine_refused}")
+        lines += [f"  {self.engine}: {note}" for note in self.engine_notes]
         if self.graph_break:
             lines.append(f"  graph break: {self.graph_break}")
         if self.recompiled:
