@@ -5,6 +5,7 @@ Nothing that state holds is folded into the model at export, so that weights whi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dyncc.analysis.facts import Facts, analyse
-from dyncc.backends.functional import Functional
+from dyncc.backends.functional import Functional, functional
 from dyncc.backends.onnx_export import OnnxExportError, to_onnx
 from dyncc.backends.onnx_names import Names
 from dyncc.capture import Signature
@@ -34,6 +35,21 @@ SMALL = 1024
 def prepare(program: Program, facts: Facts) -> Program:
     """The place for rewrites that ONNX Runtime profits from, before the export."""
     return program
+
+
+_made: weakref.WeakKeyDictionary[Program, tuple[Functional, onnx.ModelProto]] = weakref.WeakKeyDictionary()
+
+
+def exported(program: Program) -> tuple[Functional, onnx.ModelProto]:
+    """The functional form of a program and its model, made once.
+
+    Raises:
+        NotTaken: the program has no such form.
+    """
+    if program not in _made:
+        form = functional(program)
+        _made[program] = form, export(form)
+    return _made[program]
 
 
 def export(form: Functional) -> onnx.ModelProto:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dyncc.backends.flat_call import FlatCall
-from dyncc.backends.functional import functional
-from dyncc.backends.onnx_flat import ELEMENTS, export, is_outside, used_names, with_state
+from dyncc.backends.onnx_flat import ELEMENTS, exported, is_outside, used_names, with_state
 from dyncc.errors import NotTaken, PackageMissing
 from dyncc.ir import Program, is_tensor, val
 
@@ -36,9 +35,11 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Flat
     device = device_of(program)
     if device.type == "cpu" and any(is_tensor(n) and val(n).dtype in HALVES for n in program.graph.nodes):
         raise NotTaken("ONNX Runtime computes half precision in float32 on CPUs, which is not the model's precision")
-    form = functional(program)
-    model = export(form)
-    return FlatCall("onnxruntime", program, form, lambda state: OrtSession(model, state, device), inputs)
+    form, model = exported(program)
+    run = FlatCall("onnxruntime", program, form, lambda state: OrtSession(model, state, device), inputs)
+    own = sum(tensor.numel() * tensor.element_size() for tensor in (held.tensor for held in run.held.values()))
+    run.notes.append(f"{own / 1e6:.1f} MB of weights stay the module's own; the session adds a packed copy of those that it multiplies by")
+    return run
 
 
 def refuse_gradients(program: Program) -> None:

@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="module:factory, a .pt2 file, or a folder that transformers can load")]
 Passes = Annotated[str | None, typer.Option(help="pipeline text, such as 'evit{keep=0.7}'; default: the exact passes", metavar="TEXT")]
-Engine = Annotated[str, typer.Option(help="auto, inductor or reference")]
+Engine = Annotated[str, typer.Option(help="inductor, onnxruntime, openvino, reference or auto (measures once)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
 

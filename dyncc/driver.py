@@ -7,7 +7,6 @@ returns. A usage error raises; a refusal is reported; an internal failure is the
 from __future__ import annotations
 
 import difflib
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 from dyncc import verdicts
 from dyncc.analysis.facts import Facts, analyse
 from dyncc.errors import RefusedError
-from dyncc.evidence import beyond_tolerance, quality, run_isolated
+from dyncc.evidence import beyond_tolerance, quality, run_isolated, sample
 from dyncc.flops import count_flops
 from dyncc.ir import Program, op_name, source_line
 from dyncc.pipeline import render
@@ -163,7 +162,7 @@ class Evidence:
         self.key = ""
         if settings.evidence != "off" and settings.passes:
             surroundings = f"{settings.evidence} {settings.engine} {dense.door} {dense.needs_grad}"
-            text = f"{render(settings.passes)} {surroundings} {_sample(self.examples)}"
+            text = f"{render(settings.passes)} {surroundings} {sample(self.examples)}"
             self.key = verdicts.key(graph_text(dense.graph), verdicts.sources(settings.passes), text)
         self.known = verdicts.get(self.key) if self.key and settings.metric is None else None
         report.cached = self.known is not None
@@ -212,20 +211,6 @@ class Evidence:
                 worse = max if name in ("error", "kl") else min
                 figures[name] = worse(figures[name], value) if name in figures else value
         self.measured[position] = figures
-
-
-def _sample(examples: Sequence[list[Any]]) -> str:
-    """A short text of the examples' and weights' sizes and a few of their values: another model or input is another verdict."""
-    digest = hashlib.sha256()
-    for values in examples:
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                flat = value.detach().flatten()
-                some = flat[:: max(1, flat.numel() // 16)][:16].float().tolist()
-                digest.update(f"{tuple(value.shape)}{value.dtype}{some}".encode())
-            else:
-                digest.update(str(value).encode())
-    return digest.hexdigest()
 
 
 def describe(program: Program, facts: Facts, report: Report) -> None:

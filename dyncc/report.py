@@ -67,15 +67,16 @@ class Report:
         """Plain values, for JSON."""
         return asdict(self)
 
+    def _engine_lines(self) -> list[str]:
+        refused = [f"  engine not taken: {self.engine_refused}"] if self.engine_refused else []
+        return refused + [f"  {self.engine}: {note}" for note in self.engine_notes]
+
     def __str__(self) -> str:
         title = f"dyncc: graph {self.number}" + (f" of {self.frame}" if self.frame else "") + f", engine {self.engine}"
-        lines = [title, f"  attention: {self.found_attention} of {self.expected_attention} found"]
+        lines = [title, *self._engine_lines(), f"  attention: {self.found_attention} of {self.expected_attention} found"]
         lines += [f"  not understood: {m}" for m in self.not_understood]
         if self.fallback:
             lines.append(f"  fallback to the plain engine: {self.fallback}")
-        if self.engine_refused:
-            lines.append(f"  engine not taken: {self.engine_refused}")
-        lines += [f"  {self.engine}: {note}" for note in self.engine_notes]
         if self.graph_break:
             lines.append(f"  graph break: {self.graph_break}")
         if self.recompiled:
