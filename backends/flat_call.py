@@ -86,6 +86,8 @@ class FlatCall:
         likes = zip(shapes.room, self.form.computed, strict=True)
         room = [None if size is None else torch.empty(size, dtype=like.dtype, device=like.device) for size, like in likes]
         made = self.session.run(inputs, room)
+        pairs = zip(made, self.form.computed, strict=True)
+        made = [m if m.dtype is like.dtype else m.view(like.dtype) for m, like in pairs]  # truth values may come as bytes
         return [m.permute(inverse(order)) if moved(order) else m for m, order in zip(made, self.computed_orders, strict=True)]
 
     def _eagerly(self, flat: Sequence[Any], error: Exception) -> list[Any]:

@@ -86,7 +86,8 @@ class OrtSession:
         binding = self.session.io_binding()
         kind, index = self.device.type, self.device.index or 0
         for name, tensor in zip(self.inputs, inputs, strict=True):
-            binding.bind_input(name, kind, index, ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+            address = tensor.data_ptr() or torch.empty(1, dtype=torch.float64, device=tensor.device).data_ptr()  # of an empty tensor: any
+            binding.bind_input(name, kind, index, ELEMENTS[tensor.dtype], tuple(tensor.shape), address)
         for name, own in zip(self.outputs, room, strict=True):
             if own is None or own.numel() == 0:
                 binding.bind_output(name, kind, index)

@@ -44,6 +44,8 @@ def _unwrapped(problem: DynccError) -> DynccError:
     kind = type(type(problem).__name__, (type(problem), ShortenTraceback), {"__module__": type(problem).__module__})
     error: DynccError = kind.__new__(kind, *problem.args)
     error.__dict__.update(problem.__dict__, first_useful_frame=None)
+    if isinstance(error, ImportError):
+        error.msg = str(problem)  # Dynamo reads it
     return error
 
 

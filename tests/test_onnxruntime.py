@@ -61,7 +61,7 @@ class KeepsKeys(Attending):
 
     def forward(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         self.keys.index_copy_(1, place, self.mix(x))
-        return nn.functional.scaled_dot_product_attention(x, self.keys, self.keys)
+        return nn.functional.scaled_dot_product_attention(x[:, None], self.keys[:, None], self.keys[:, None])
 
 
 class Unknown(Attending):
@@ -74,7 +74,7 @@ class Unknown(Attending):
 # what comes out
 @pytest.mark.parametrize("engine", ENGINES)
 def test_both_doors_agree_with_eager(engine: str) -> None:
-    tiny = Tiny(kind="decoder", returns="last", positions="rope", layers=2, keys=True, seed=2)
+    tiny = Tiny(kind="decoder", returns="last", positions="rope", layers=1, keys=True, seed=2)
     model, values = tiny.build(), inputs(tiny, 2, 12, padded=True)
     expected = model(*values)
     offline = dyncc.optimize(model, values, engine=engine, evidence="numeric")
@@ -85,8 +85,14 @@ def test_both_doors_agree_with_eager(engine: str) -> None:
     assert_same(expected, found[0])
 
 
-@pytest.mark.parametrize("kind", [Counts, WritesAView, ReturnsItsInput, ReturnsAView], ids=lambda k: k.__name__)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        *((kind, "onnxruntime") for kind in (Counts, WritesAView, ReturnsItsInput, ReturnsAView)),
+        pytest.param(Counts, "openvino", marks=WITH_OPENVINO),
+    ],
+    ids=lambda k: getattr(k, "__name__", k),
+)
 def test_outputs_inputs_and_buffers_after_two_calls_are_as_eager(kind: Any, engine: str) -> None:
     plain = seeded(kind)
     other, own, given = copy.deepcopy(plain), X.clone(), X.clone()
@@ -193,7 +199,7 @@ def test_threads_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (DropsOut, "the graph draws random numbers (dropout)"),
         (Normalises, "batch_norm in training mode writes its statistics"),
-        (Unknown, "special_bessel_j0"),
+        (Unknown, "bessel_j0"),
         (lambda: ReturnsItsInput().bfloat16(), "half precision"),
     ],
     ids=["random", "statistics", "unknown op", "bfloat16"],
@@ -222,8 +228,8 @@ def test_strict_raises_what_is_not_taken() -> None:
     model = seeded(Unknown)
     with pytest.raises(dyncc.RefusedError, match="engine onnxruntime does not take graph"):
         compiled(model, strict=True)(X)
-    with pytest.raises(dyncc.RefusedError, match="special_bessel_j0"):
-        dyncc.optimize(model, (X,), engine="onnxruntime", strict=True)
+    with pytest.raises(dyncc.RefusedError, match="bessel_j0"):
+        dyncc.optimize(model, (X,), passes="", engine="onnxruntime", strict=True)
 
 
 def test_wrong_results_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
