@@ -74,7 +74,7 @@ class Unknown(Attending):
 # what comes out
 @pytest.mark.parametrize("engine", ENGINES)
 def test_both_doors_agree_with_eager(engine: str) -> None:
-    tiny = Tiny(kind="decoder", returns="last", positions="rope", layers=1, keys=True, seed=2)
+    tiny = Tiny(kind="decoder", returns="last", positions="rope", layers=2, keys=True, seed=2)
     model, values = tiny.build(), inputs(tiny, 2, 12, padded=True)
     expected = model(*values)
     offline = dyncc.optimize(model, values, engine=engine, evidence="numeric")
