@@ -29,8 +29,8 @@ def find_rotary(node: fx.Node) -> Rotary | None:
     if None in products:
         return None
     for (x, cos), (turned, sin) in (products, products[::-1]):  # type: ignore[misc]
-        for x, cos in ((x, cos), (cos, x)):  # noqa: PLW2901  factors stand in either order
-            for turned, sin in ((turned, sin), (sin, turned)):  # noqa: PLW2901
+        for x, cos in ((x, cos), (cos, x)):
+            for turned, sin in ((turned, sin), (sin, turned)):
                 if _turns(turned, x) and (tables := _tables(cos, sin)) is not None and len(shape(x)) == 4:
                     return Rotary(x, *tables)
     return None

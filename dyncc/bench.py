@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from dyncc import pipeline, quality
+from dyncc import peers, pipeline, quality
 from dyncc.bench_result import BenchResult, environment, rewrite_rows
 from dyncc.options import check_engine, check_evidence
 from dyncc.timing import Progress, paired
@@ -90,11 +90,11 @@ def bench(
     title: str = "",
     progress: Progress | None = None,
 ) -> BenchResult:
-    """Time `model(*args, **kwargs)` eagerly, under plain Inductor and under dyncc, and compare their outputs.
+    """Time `model(*args, **kwargs)` eagerly, under plain Inductor (or other peers) and under dyncc, and compare their outputs.
 
-    `door` 1 compiles with `backend="dyncc"`, 2 calls `dyncc.optimize`. `metric(dense, other)` replaces the comparison that is chosen
-    by the kind of output. `prepare` is called before every call, unmeasured. A variant that fails is reported, not raised; only a
-    mistake in what dyncc was asked for is.
+    `door` 1 compiles with `backend="dyncc"`, 2 calls `dyncc.optimize`. `against` names peers (see `dyncc.peers`) or backends of
+    torch.compile. `metric(dense, other)` replaces the comparison that is chosen by the kind of output. `prepare` is called before every
+    call, unmeasured. A variant that fails is reported, not raised; only a mistake in what dyncc was asked for is.
     """
     if door not in (1, 2):
         raise ValueError(f"door={door}: choose 1 (torch.compile) or 2 (dyncc.optimize)")
@@ -104,7 +104,7 @@ def bench(
     kwargs = dict(kwargs or {})
     options = {"passes": passes, "engine": engine, "evidence": evidence, "dynamic_shapes": dynamic_shapes}
     ours = DynccVariant(model, args, kwargs, door, options)
-    builds: dict[str, Build] = {name: _peer(name, model, dynamic_shapes) for name in against}
+    builds: dict[str, Build] = {name: _peer(name, model, args, kwargs, dynamic_shapes) for name in against}
     variants = {name: Variant(build, args, kwargs, prepare) for name, build in {**builds, "dyncc": ours.build}.items()}
     torch._dynamo.reset()
     with torch.no_grad():
@@ -140,11 +140,8 @@ def cold_caches() -> Iterator[None]:
         yield
 
 
-def _peer(name: str, model: torch.nn.Module, dynamic_shapes: Any) -> Build:
-    if name == "eager":
-        return lambda: model
-    backend = name  # any torch.compile backend can be a peer
-    return lambda: torch.compile(model, backend=backend, dynamic=_dynamic(dynamic_shapes))
+def _peer(name: str, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> Build:
+    return lambda: peers.build(name, model, args, kwargs, dynamic_shapes)
 
 
 def _dynamic(dynamic_shapes: Any) -> bool:

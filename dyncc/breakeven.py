@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from dyncc import verdicts
-from dyncc.backends import lower
 from dyncc.driver import Outcome
 from dyncc.pipeline import render
 from dyncc.rewrite import graph_text
@@ -26,17 +25,14 @@ def check_break_even(optimized: Any, values: list[Any]) -> None:
     The ratio dense/now is stored with the verdicts, so that the next process measures nothing.
     """
     outcome, settings, report = optimized._outcome, optimized._settings, optimized.report
-    options = f"{render(settings.passes)} timed {settings.engine}"
+    options = f"{render(settings.passes)} timed {report.engine}"
     name = verdicts.key(graph_text(outcome.dense.graph), verdicts.sources(settings.passes), options)
     known = verdicts.get(name)
     start = time.perf_counter()
-    dynamic = optimized._dynamic
     if known is None:
-        now = lower(settings.engine, outcome.program, [], dynamic=dynamic)
-        dense = lower(settings.engine, outcome.dense, [], dynamic=dynamic)
+        now, dense = optimized._engine(outcome.program, values), optimized._engine(outcome.dense, values)
         known = {"ratio": paired_ratio(dense, now, values)}
         verdicts.put(name, known)
-        optimized._lowered = {outcome.program: now, outcome.dense: dense}
     ratio = known["ratio"]
     report.seconds["timing"] = time.perf_counter() - start
     for i, r in enumerate(report.rewrites):

@@ -27,7 +27,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="module:factory, a .pt2 file, or a folder that transformers can load")]
 Passes = Annotated[str | None, typer.Option(help="pipeline text, such as 'evit{keep=0.7}'; default: the exact passes", metavar="TEXT")]
-Engine = Annotated[str, typer.Option(help="auto, inductor or reference")]
+Engine = Annotated[str, typer.Option(help="inductor, onnxruntime, openvino, reference or auto (measures once)")]
+PEERS_HELP = "what to compare with, of eager, inductor, onnxruntime, openvino and transformers-onnx"
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
 
@@ -94,16 +95,16 @@ def bench(
     model: Model,
     passes: Passes = None,
     pairs: Annotated[int, typer.Option(min=2, help="interleaved timings per variant")] = 20,
-    against: Annotated[str, typer.Option(help="what to compare with, from eager and inductor", metavar="NAMES")] = "eager,inductor",
+    against: Annotated[str, typer.Option(help=PEERS_HELP, metavar="NAMES")] = "eager,inductor",
     engine: Engine = "inductor",
     door: Annotated[int, typer.Option(min=1, max=2, help="1 compiles in place (torch.compile), 2 offline (dyncc.optimize)")] = 1,
     as_json: Json = False,
 ) -> int:
     """Time a model under dyncc beside eager and plain Inductor, in one run, interleaved, with the change in quality."""
-    from dyncc.options import check_engine
+    from dyncc.options import PEERS, check_engine
     from dyncc.progress import progress
 
-    peers = tuple(check_engine(name.strip(), ("eager", "inductor")) for name in against.split(","))
+    peers = tuple(check_engine(name.strip(), PEERS) for name in against.split(","))
     check_engine(engine)
     _check_passes(passes)
     with _quiet_stdout(), progress() as tell:

@@ -12,10 +12,10 @@ from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
-from dyncc.backends import lower
 from dyncc.backends.inductor import compile_graph as plain_inductor
 from dyncc.capture import CaptureError, count, from_dynamo
 from dyncc.driver import rewrite
+from dyncc.engines import lowered
 from dyncc.errors import DynccError, DynccUsageError, RefusedError
 from dyncc.ir import hint
 from dyncc.report import Report, add_report
@@ -44,11 +44,13 @@ def _unwrapped(problem: DynccError) -> DynccError:
     kind = type(type(problem).__name__, (type(problem), ShortenTraceback), {"__module__": type(problem).__module__})
     error: DynccError = kind.__new__(kind, *problem.args)
     error.__dict__.update(problem.__dict__, first_useful_frame=None)
+    if isinstance(error, ImportError):
+        error.msg = str(problem)  # Dynamo reads it
     return error
 
 
 def _compile_or_fall_back(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
-    report = Report(engine="inductor" if settings.engine == "auto" else settings.engine, evidence=settings.evidence)
+    report = Report(engine=settings.engine, evidence=settings.evidence)
     report.frame, report.recompiled = _frame()
     report.graph_break = _graph_break(gm)
     add_report(report)
@@ -71,9 +73,9 @@ def _compile(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, 
     example = [hint(v) if isinstance(v, torch.SymInt) else v for v in example_inputs]
     outcome = rewrite(program, settings, [example], report)
     start = time.perf_counter()
-    lowered = lower(settings.engine, outcome.program, example_inputs)
+    run = lowered(outcome.program, settings, report, example_inputs)
     report.seconds["lowering"] = time.perf_counter() - start
-    return lowered
+    return run
 
 
 def _without_layer_passes(settings: Settings, report: Report) -> Settings:
@@ -99,6 +101,7 @@ def _fall_back(
     gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report, reason: str, *, quiet: bool
 ) -> Callable[..., Any]:
     report.fallback = reason
+    report.engine = "reference" if settings.engine == "reference" else "inductor"
     if settings.strict:
         raise RefusedError(f"graph {report.number} goes to the plain engine: {reason}")
     if not quiet:

@@ -15,6 +15,10 @@ class RefusedError(DynccError):
     """A pass refused, an engine fell back or a check failed while `strict` was asked for."""
 
 
+class NotTaken(DynccError):
+    """An engine does not take a graph; the message says why. Another engine runs it then, or it is refused under `strict`."""
+
+
 class DynccUsageError(DynccError):
     """A mistake in a text, option, range, path or engine name: always raised, never swallowed.
 

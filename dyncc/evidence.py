@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -100,3 +101,17 @@ def quality(dense: Sequence[Any], other: Sequence[Any]) -> dict[str, float]:
             measured["top1"] = (x.argmax(-1) == y.argmax(-1)).float().mean().item()
             return measured
     return {}
+
+
+def sample(examples: Sequence[list[Any]]) -> str:
+    """A short text of the examples' and weights' sizes and a few of their values: another model or input is another verdict."""
+    digest = hashlib.sha256()
+    for values in examples:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                flat = value.detach().flatten()
+                some = flat[:: max(1, flat.numel() // 16)][:16].float().tolist()
+                digest.update(f"{tuple(value.shape)}{value.dtype}{some}".encode())
+            else:
+                digest.update(str(value).encode())
+    return digest.hexdigest()

@@ -9,17 +9,14 @@ numbers) each program is run once as a whole, and outputs are compared.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dyncc import verdicts
 from dyncc.beside import Joint, joint
-from dyncc.evidence import beyond_tolerance, out_of_tolerance, quality, run_isolated
+from dyncc.evidence import beyond_tolerance, out_of_tolerance, quality, run_isolated, sample
 from dyncc.ir import Program, is_mutating
 from dyncc.pipeline import render
 from dyncc.rewrite import graph_text, promised_outputs
@@ -60,7 +57,7 @@ class Judge:
         self.key = ""
         if settings.evidence != "off" and settings.passes:
             surroundings = f"{settings.evidence} {settings.engine} {dense.door} {dense.needs_grad}"
-            text = f"{render(settings.passes)} {surroundings} {_sample(self.examples)}"
+            text = f"{render(settings.passes)} {surroundings} {sample(self.examples)}"
             self.key = verdicts.key(graph_text(dense.graph), verdicts.sources(settings.passes), text)
         self.known = verdicts.get(self.key) if self.key and settings.metric is None else None
 
@@ -153,17 +150,3 @@ def _merged(links: Sequence[Link]) -> list[Link]:
             link = Link(link.program, merged.pop().positions + link.positions, True)
         merged.append(link)
     return merged
-
-
-def _sample(examples: Sequence[list[Any]]) -> str:
-    """A short text of the examples' and weights' sizes and a few of their values: another model or input is another verdict."""
-    digest = hashlib.sha256()
-    for values in examples:
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                flat = value.detach().flatten()
-                some = flat[:: max(1, flat.numel() // 16)][:16].float().tolist()
-                digest.update(f"{tuple(value.shape)}{value.dtype}{some}".encode())
-            else:
-                digest.update(str(value).encode())
-    return digest.hexdigest()

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Union
 
 from dyncc.errors import BadOptionValue, DynccUsageError, KeepOutOfRange, LayerOutOfRange, UnknownEngine, UnknownEvidence, near
 
-ENGINES = ("auto", "inductor", "reference")
+ENGINES = ("auto", "inductor", "onnxruntime", "openvino", "reference")
+PEERS = ("eager", "inductor", "onnxruntime", "openvino", "transformers-onnx")
 EVIDENCE = ("off", "numeric", "timed")
 
 Keep = Annotated[int | float | tuple[int | float, ...], "keep"]

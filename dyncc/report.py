@@ -39,11 +39,14 @@ class Rewrite:
 @dataclass
 class Report:
     """All about one graph. `fallback` names why the plain engine runs instead; None when dyncc lowered the graph itself.
+    `engine` is what runs; `engine_refused` says which engine did not take the graph and why, `engine_notes` what the one that runs tells.
     `difference` holds each applied pass's graph difference as text, `ops` as a count of ops that came (+) and went (-)."""
 
     frame: str = ""
     number: int = 0
     engine: str = "inductor"
+    engine_refused: str | None = None
+    engine_notes: list[str] = field(default_factory=list)
     recompiled: str | None = None
     regions: list[Region] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
@@ -64,9 +67,13 @@ class Report:
         """Plain values, for JSON."""
         return asdict(self)
 
+    def _engine_lines(self) -> list[str]:
+        refused = [f"  engine not taken: {self.engine_refused}"] if self.engine_refused else []
+        return refused + [f"  {self.engine}: {note}" for note in self.engine_notes]
+
     def __str__(self) -> str:
         title = f"dyncc: graph {self.number}" + (f" of {self.frame}" if self.frame else "") + f", engine {self.engine}"
-        lines = [title, f"  attention: {self.found_attention} of {self.expected_attention} found"]
+        lines = [title, *self._engine_lines(), f"  attention: {self.found_attention} of {self.expected_attention} found"]
         lines += [f"  not understood: {m}" for m in self.not_understood]
         if self.fallback:
             lines.append(f"  fallback to the plain engine: {self.fallback}")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from dyncc.backends import lower
 from dyncc.capture import Signature, from_model
 from dyncc.driver import Outcome, rewrite
+from dyncc.engines import ALWAYS, lowered
 from dyncc.errors import DynccError, InputMismatch, RefusedError
 from dyncc.flops import count_flops
 from dyncc.ir import Program, is_tensor
@@ -51,9 +51,13 @@ class Optimized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self._flat(args, kwargs)
         program = self._outcome.dense if self._too_short(flat) else self._outcome.program
+        return self._run(self._engine(program, flat), flat)
+
+    def _engine(self, program: Program, flat: list[Any]) -> Any:
+        """The program lowered; a call's inputs are as good an example as any."""
         if program not in self._lowered:
-            self._lowered[program] = lower(self._settings.engine, program, [], dynamic=self._dynamic)
-        return self._run(self._lowered[program], flat)
+            self._lowered[program] = lowered(program, self._settings, self.report, flat, dynamic=self._dynamic)
+        return self._lowered[program]
 
     def _too_short(self, flat: list[Any]) -> bool:
         """Whether a count keeps every row of this call anyway: then the dense graph runs."""
@@ -268,6 +272,8 @@ def optimize(
     flat = [_flat_example(program, signature, a, k) for a, k in calls]
     outcome = _rewrite(program, settings, flat, report)
     optimized = Optimized(outcome, signature, settings, report, (tuple(args), _ordered(kwargs or {}, signature.in_spec)))
+    if engine not in ALWAYS:
+        optimized._engine(outcome.program, flat[0])
     if evidence == "timed" and settings.engine != "reference" and any(r.applied and r.nodes[0] for r in report.rewrites):
         from dyncc.breakeven import check_break_even
 

@@ -38,7 +38,7 @@ def settings_from(options: dict[str, Any] | None) -> Settings:
             raise UnknownSetting(name=name, near=near(name, NAMES), known=", ".join(NAMES))
     return Settings(
         build(given.get("passes")),
-        check_engine(given.get("engine", "auto")),
+        check_engine(given.get("engine", "inductor")),
         bool(given.get("strict", False)),
         check_evidence(given.get("evidence", "numeric")),
         given.get("dump_dir"),

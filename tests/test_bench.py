@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from dyncc import timing
 from dyncc.bench import Variant, bench
 from dyncc.bench_result import BenchResult, rewrite_rows
 from dyncc.errors import DynccUsageError
+from dyncc.options import PEERS
 from dyncc.timing import Timings, paired, paired_ratio
 
 
@@ -228,3 +231,33 @@ def test_first_calls_find_no_work_done(monkeypatch: pytest.MonkeyPatch, tmp_path
     (ours, inductors), *again = seen
     assert not again and ours != str(tmp_path) and inductors != str(tmp_path)
     assert os.environ["DYNCC_CACHE_DIR"] == os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+# peers
+@pytest.fixture(scope="module")
+def peers_result() -> BenchResult:
+    """A decoder of transformers and a plain module's input, all peers side by side."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    ids = torch.arange(8)[None]
+    named = {"input_ids": ids, "use_cache": False}
+    return bench(model, (), named, passes="", engine="reference", pairs=2, warmup=0, against=PEERS, evidence="off")
+
+
+def test_every_peer_runs_the_same_model_in_one_run(peers_result: BenchResult) -> None:
+    installed = [name for name in PEERS if name != "openvino" or find_spec("openvino")]
+    assert set(peers_result.timings.seconds) >= {*installed, "dyncc"}, peers_result.timings.failures
+    assert all(peers_result.quality[name]["max_rel_error"] < 1e-4 for name in installed if name != "eager")
+
+
+def test_a_peer_that_cannot_run_the_model_is_a_failure_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    against = ("transformers-onnx", "openvino")
+    result = bench(Small(), (torch.randn(2, 8),), passes="", engine="reference", pairs=2, warmup=0, against=against, evidence="off")
+    assert list(result.timings.seconds) == ["dyncc"]
+    assert "exports models of transformers only, not a Small" in result.timings.failures["transformers-onnx"]
+    assert "pip install openvino" in result.timings.failures["openvino"]
+    assert "pip install openvino" in str(result)

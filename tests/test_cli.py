@@ -87,7 +87,7 @@ BAD = {
     "dump folder": (["explain", MODEL, "--dump-dir", "text.pt2/dump"], "cannot write to text.pt2/dump: Not a directory"),
     "demo folder": (["demo", "--output", "text.pt2/out"], "cannot write to text.pt2/out: Not a directory"),
     "engine": (["explain", MODEL, "--engine", "inductr"], "unknown engine 'inductr'; did you mean 'inductor'?; choose one of auto"),
-    "peer": (["bench", MODEL, "--against", "eagr"], "unknown engine 'eagr'; did you mean 'eager'?; choose one of eager, inductor"),
+    "peer": (["bench", MODEL, "--against", "eagr"], "unknown engine 'eagr'; did you mean 'eager'?; choose one of eager, inductor, onnx"),
     "evidence": (["explain", MODEL, "--evidence", "full"], "unknown evidence 'full'; choose one of off, numeric, timed"),
     "command": (["explian"], "No such command 'explian'"),
     "argument": (["explain"], "Missing argument"),

@@ -19,7 +19,7 @@ ROOMS = {"dyncc": "dyncc", "dyncc.passes": "passes", "dyncc.kernels": "kernels",
 
 # Stage -> what belongs to it; a stage imports its own and earlier ones. What is not listed may import everything.
 STAGES = (
-    ("base", ("errors", "options", "outputs", "verdicts")),
+    ("base", ("errors", "options", "outputs", "verdicts", "evidence", "timing")),
     ("kernels", ("kernels",)),
     ("capture", ("ir", "capture", "canonical", "exported")),
     ("analysis", ("analysis", "flops")),
