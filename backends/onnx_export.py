@@ -119,7 +119,8 @@ def _renamed(dim: Any, symbols: dict[Any, Any]) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No warnings inside: torch's exporter warns of packages that have nothing to do with the model."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir", "onnx_ir.serde")]
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir", "onnx_ir.serde")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.ERROR)

@@ -57,7 +57,9 @@ class OnnxFile:
         return "\n".join([f"{self.path}", f"  fused: {fused}", *(f"  {row}" for row in self.parity)])
 
 
-def build(program: Program, signature: Signature, example: Sequence[torch.Tensor], portable: bool) -> tuple[onnx_ir.Model, Names, Counter[str]]:
+def build(
+    program: Program, signature: Signature, example: Sequence[torch.Tensor], portable: bool
+) -> tuple[onnx_ir.Model, Names, Counter[str]]:
     """The model, its names, and counts of fused ops; `portable` uses standard ONNX ops only."""
     from dyncc.backends.ort_graph import optimise
 

@@ -30,7 +30,7 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Flat
         NotTaken: gradients are asked for, or the program has no ONNX form, or ONNX Runtime has no kernel for it.
         PackageMissing: onnxruntime is not installed.
     """
-    _runtime()
+    runtime()
     refuse_gradients(program)
     device = device_of(program)
     if device.type == "cpu" and any(is_tensor(n) and val(n).dtype in HALVES for n in program.graph.nodes):
@@ -60,7 +60,7 @@ class OrtSession:
     """A model with its state in an InferenceSession."""
 
     def __init__(self, model: onnx.ModelProto, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        ort = _runtime()
+        ort = runtime()
         self.device = device
         self.state = {name: tensor.cpu() for name, tensor in state.items()}
         used = used_names(model.graph)
@@ -102,7 +102,7 @@ class OrtSession:
 
 def session_options() -> Any:
     """As many threads as PyTorch uses, every graph optimisation, and no log lines."""
-    ort = _runtime()
+    ort = runtime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -113,7 +113,8 @@ def session_options() -> Any:
     return options
 
 
-def _runtime() -> Any:
+def runtime() -> Any:
+    """The onnxruntime module, or PackageMissing."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -125,7 +126,7 @@ def _runtime() -> Any:
 def _providers(device: torch.device) -> list[Any]:
     if device.type == "cpu":
         return ["CPUExecutionProvider"]
-    if device.type != "cuda" or "CUDAExecutionProvider" not in _runtime().get_available_providers():
+    if device.type != "cuda" or "CUDAExecutionProvider" not in runtime().get_available_providers():
         raise NotTaken(f"ONNX Runtime has no provider for {device} here")
     stream = str(torch.cuda.current_stream(device).cuda_stream)
     return [("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": stream}), "CPUExecutionProvider"]
@@ -134,7 +135,7 @@ def _providers(device: torch.device) -> list[Any]:
 def _value(tensor: torch.Tensor) -> Any:
     """ONNX Runtime's view of a tensor's memory; the tensor must outlive it."""
     plain = tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
-    return _runtime().OrtValue.ortvalue_from_numpy_with_onnx_type(plain, ELEMENTS[tensor.dtype])
+    return runtime().OrtValue.ortvalue_from_numpy_with_onnx_type(plain, ELEMENTS[tensor.dtype])
 
 
 def _trim() -> None:

@@ -110,7 +110,8 @@ def _pack(graph: ir.Graph, products: list[ir.Node], biased: bool) -> int:
         vector = _constant(graph, f"{name}_bias", np.concatenate([v.const_value.numpy() for v in vectors if v.const_value is not None]))
         new.append(ir.node("Add", [result, vector]))
         result = new[-1].outputs[0]
-    split = ir.node("Split", [result, _constant(graph, f"{name}_sizes", np.array(widths))], attributes={"axis": -1}, num_outputs=len(widths))
+    sizes = _constant(graph, f"{name}_sizes", np.array(widths))
+    split = ir.node("Split", [result, sizes], attributes={"axis": -1}, num_outputs=len(widths))
     graph.insert_before(first, [*new, split])
     for end, part in zip(ends, split.outputs, strict=True):
         assert end is not None
