@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,10 @@ def find_rotary(node: fx.Node) -> Rotary | None:
     products = [_factors(n) for n in node.args]
     if None in products:
         return None
-    for (x, cos), (turned, sin) in (products, products[::-1]):  # type: ignore[misc]
-        for x, cos in ((x, cos), (cos, x)):
-            for turned, sin in ((turned, sin), (sin, turned)):
-                if _turns(turned, x) and (tables := _tables(cos, sin)) is not None and len(shape(x)) == 4:
-                    return Rotary(x, *tables)
+    for plain, other in itertools.permutations(p for p in products if p is not None):
+        for (x, cos), (turned, sin) in itertools.product((plain, plain[::-1]), (other, other[::-1])):  # factors stand in either order
+            if _turns(turned, x) and (tables := _tables(cos, sin)) is not None and len(shape(x)) == 4:
+                return Rotary(x, *tables)
     return None
 
 

@@ -22,7 +22,8 @@ def generate(folder: Path, prompt: list[int], tokens: int, room: int = 0, thread
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    prefill, decode = (ort.InferenceSession(str(folder / f"{name}.onnx"), options, ["CPUExecutionProvider"]) for name in ("prefill", "decode"))
+    files = (folder / "prefill.onnx", folder / "decode.onnx")
+    prefill, decode = (ort.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in files)
     ids = np.array([prompt], dtype=np.int64)
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     logits, *cache = prefill.run(None, {v.name: feed[v.name] for v in prefill.get_inputs()})
@@ -45,15 +46,9 @@ def step(session: Any, buffers: dict[str, Any], token: int, length: int) -> int:
     for name, buffer in buffers.items():
         binding.bind_ortvalue_input(name.replace("present.", "past_key_values."), buffer)
         binding.bind_ortvalue_output(name, buffer)
-    first = session.get_outputs()[0].name
-    binding.bind_output(first)
+    binding.bind_output(session.get_outputs()[0].name)
     session.run_with_iobinding(binding)
-    return int(binding.get_outputs()[_place(session, first)].numpy()[0, -1].argmax())
-
-
-def _place(session: Any, name: str) -> int:
-    """Where an output stands among those bound: the buffers were bound before it."""
-    return len(session.get_outputs()) - 1 if name else 0
+    return int(binding.get_outputs()[-1].numpy()[0, -1].argmax())  # bound last
 
 
 def _roomy(array: np.ndarray, room: int) -> Any:
