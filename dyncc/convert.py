@@ -65,13 +65,16 @@ def convert(optimized: Optimized, path: Path, *, calls: Sequence[Call], verify: 
     """
     kind = kind_of(path)
     start = time.perf_counter()
-    with replaced_folder(path, is_artefact) if kind == "artefact" else replaced_file(path) as fresh:
-        if kind == "onnx":
-            verified = optimized.export_onnx(fresh, verify=verify)  # type: ignore[attr-defined]
-        else:
+    verified: Any
+    if kind == "onnx":
+        written = optimized.export_onnx(path, verify=verify)  # puts its file, or two, in place by itself
+        verified = {"parity": [row.to_dict() for row in written.parity], "fused": written.fused}
+        size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.is_file())
+    else:
+        with replaced_folder(path, is_artefact) if kind == "artefact" else replaced_file(path) as fresh:
             run = WRITERS[kind](optimized, fresh)
             verified = check(optimized, run, calls, path) if verify else None
-        size = sum(file.stat().st_size for file in fresh.rglob("*")) if fresh.is_dir() else fresh.stat().st_size
+            size = sum(file.stat().st_size for file in fresh.rglob("*")) if fresh.is_dir() else fresh.stat().st_size
     steps = {state: [r.text for r in optimized.report.rewrites if r.applied is (state == "applied")] for state in ("applied", "refused")}
     figures = {"path": str(path), "kind": kind, "bytes": size, "seconds": time.perf_counter() - start}
     return {**figures, **steps, "holds_for": optimized.report.lengths, "verified": verified if verify else None}
