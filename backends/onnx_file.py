@@ -116,10 +116,10 @@ def write(
 def _save(model: onnx_ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if value.dtype is None:
-                value.shape = None  # a shape of unknown type cannot be written
+    for value in _values(model.graph):
+        if value.dtype is None:
+            value.shape = None  # a shape of unknown type cannot be written, nor can notes on it
+            value.metadata_props.clear()
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     with quiet():
         ir.save(model, path, external_data=f"{path.name}.data" if weights > INLINE else None)
@@ -127,6 +127,10 @@ def _save(model: onnx_ir.Model, path: Path) -> None:
     for file in path.parent.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
+
+
+def _values(graph: onnx_ir.Graph) -> list[onnx_ir.Value]:
+    return [value for node in graph.all_nodes() for value in node.outputs]
 
 
 def _verify(

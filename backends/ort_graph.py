@@ -23,7 +23,10 @@ def optimise(model: ir.Model) -> Counter[str]:
     for node in model.graph:
         if node.op_type == "RMSNormalization" and node.attributes.get_int("axis", -1) == -1:
             node.op_type = "SimplifiedLayerNormalization"  # the name under which ONNX Runtime knows it and its fusions
+    kinds = {v: v.dtype for n in model.graph for v in n.outputs if n.domain == "com.microsoft"}
     optimize_for_ort(model)
+    for value, kind in kinds.items():
+        value.dtype = kind  # shape inference forgets the types of ops that it does not know
     for node in model.graph:
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"  # those left over go back to the standard's name

@@ -182,8 +182,12 @@ def _example(signature: Any, leaves: dict[str, torch.Tensor]) -> tuple[tuple[Any
 def _report(plain: dict[str, Any]) -> Report:
     known = {f.name for f in fields(Report)}
     report = Report(**{k: v for k, v in plain.items() if k in known})
+    rewrites: list[Rewrite] = []
     report.regions = [Region(**r) for r in plain["regions"]]
-    report.rewrites = [Rewrite(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in plain["rewrites"]]
+    for step in plain["rewrites"]:
+        facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in step.items()}
+        rewrites.append(Rewrite(**facts))
+    report.rewrites = rewrites
     return report
 
 

@@ -24,6 +24,7 @@ from dyncc.evidence import beyond_tolerance, run_isolated
 from dyncc.exported import shaped
 from dyncc.outputs import check_place, replaced_file, replaced_folder, writable_folder
 from dyncc.runtime import Optimized, optimize
+from dyncc.serialised import apart
 
 KINDS = {".onnx": "onnx", ".aoti.pt2": "aotinductor", ".pt2": "pt2"}
 
@@ -131,8 +132,9 @@ def _pt2(optimized: Optimized, fresh: Path) -> Callable[[], Any]:
 
 def _aotinductor(optimized: Optimized, fresh: Path) -> Callable[[], Any]:
     assert optimized.example is not None
-    program = shaped(spelled_safely(optimized._outcome.program), optimized._signature, *optimized.example)
-    with torch.no_grad(), warnings.catch_warnings():
+    own, signature = apart(optimized._outcome.program, optimized._signature)
+    program = shaped(spelled_safely(own), signature, *optimized.example)
+    with torch.no_grad(), one_is_a_size(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch._inductor.aoti_compile_and_package(program, package_path=str(fresh))
     return lambda: torch._inductor.aoti_load_package(str(fresh))

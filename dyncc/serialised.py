@@ -75,6 +75,12 @@ def from_text(text: bytes, tensors: Mapping[str, torch.Tensor]) -> tuple[Program
         raise ArtefactUnreadable(problem=f"torch cannot read the program in it ({_told(error)})", hint=hint) from error
 
 
+def apart(program: Program, signature: Signature) -> tuple[Program, Signature]:
+    """The same program, over the same tensors, with sizes of its own: what a compiler finds out about them stays there."""
+    names = [given.name for given in program.inputs]
+    return from_text(to_text(program, signature), dict(zip(names, signature.state, strict=False)))
+
+
 def screen(tree: Any) -> None:
     """Refuse a text that names anything but ops, or spells anything but sizes.
 

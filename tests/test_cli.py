@@ -213,7 +213,7 @@ def test_cache_shows_and_clears(run: Any, tmp_path: Path) -> None:
     assert "0 verdicts, 0 bytes (1 removed)" in run("cache", "--clear").out
 
 
-@pytest.mark.parametrize("command", ["", "passes", "explain", "bench", "demo", "cache"])
+@pytest.mark.parametrize("command", ["", "passes", "explain", "bench", "convert", "demo", "cache"])
 def test_help_of_every_command(run: Any, command: str) -> None:
     code, out, _ = run(*command.split(), "--help")
     assert code == 0

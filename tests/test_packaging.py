@@ -19,9 +19,9 @@ ROOMS = {"dyncc": "dyncc", "dyncc.passes": "passes", "dyncc.kernels": "kernels",
 
 # Stage -> what belongs to it; a stage imports its own and earlier ones. What is not listed may import everything.
 STAGES = (
-    ("base", ("errors", "options", "outputs", "verdicts", "evidence", "timing")),
+    ("base", ("errors", "options", "outputs", "verdicts", "evidence", "timing", "weights")),
     ("kernels", ("kernels",)),
-    ("capture", ("ir", "capture", "canonical", "exported")),
+    ("capture", ("ir", "capture", "canonical", "exported", "serialised")),
     ("analysis", ("analysis", "flops")),
     ("rewrite", ("rewrite", "restrict", "masked", "passes", "pipeline", "catalogue")),
     ("backends", ("backends",)),
