@@ -23,10 +23,11 @@ def optimise(model: ir.Model) -> Counter[str]:
     for node in model.graph:
         if node.op_type == "RMSNormalization" and node.attributes.get_int("axis", -1) == -1:
             node.op_type = "SimplifiedLayerNormalization"  # the name under which ONNX Runtime knows it and its fusions
-    kinds = {v: v.dtype for n in model.graph for v in n.outputs if n.domain == "com.microsoft"}
+    fused = [n for n in model.graph if n.op_type == "GroupQueryAttention" and n.inputs[0] is not None and n.inputs[0].dtype is not None]
+    kinds = {value: n.inputs[0].dtype for n in fused for value in n.outputs if n.inputs[0] is not None}
     optimize_for_ort(model)
     for value, kind in kinds.items():
-        value.dtype = kind  # shape inference forgets the types of ops that it does not know
+        value.dtype = kind  # nothing else tells the types of an op that onnx does not know
     for node in model.graph:
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"  # those left over go back to the standard's name

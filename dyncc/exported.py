@@ -39,8 +39,10 @@ def flat(program: Program, signature: Signature, example: Sequence[torch.Tensor]
     kept = [i for i in _user_outputs(copy, signature) if isinstance(outputs(copy.graph)[i], fx.Node)]
     _, out_spec = pytree.tree_flatten((0,) * len(kept))
     exported = _assemble(copy, signature, kept, (in_spec, out_spec), (tuple(example), {}))
-    for argument in exported.module_call_graph[0].signature.outputs:
-        argument.name = ""  # decomposition gives the results other names and does not follow with these
+    call = exported.module_call_graph[0].signature
+    assert call is not None
+    for argument in (*call.inputs, *call.outputs):
+        argument.name = ""  # decomposition gives other names and does not follow with these
     return exported
 
 
