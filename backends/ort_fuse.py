@@ -74,10 +74,12 @@ def _site(region: AttentionRegion, facts: Facts) -> Site | None:
 
 def _past_and_new(node: fx.Node, facts: Facts) -> tuple[fx.Node | None, fx.Node]:
     """The cache input that a key or value node is grown from, and what it grew by."""
-    if op_name(node) != "cat" or argument(node, "dim", 0) not in (-2, 2) or len(node.args[0]) != 2:  # type: ignore[arg-type]
+    if op_name(node) != "cat" or argument(node, "dim", 0) not in (-2, 2):
         return None, node
-    past, new = node.args[0]  # type: ignore[misc]
-    return (past, new) if past in facts.kv_inputs else (None, node)  # type: ignore[return-value]
+    parts: Any = [n for n in node.args[0] if shape(n) != (0,)]  # type: ignore[union-attr]  # a cache may start as an empty vector
+    if len(parts) == 1:
+        return None, parts[0]
+    return (parts[0], parts[1]) if len(parts) == 2 and parts[0] in facts.kv_inputs else (None, node)
 
 
 def _is_causal(region: AttentionRegion, grown: bool) -> bool:
