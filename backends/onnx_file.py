@@ -149,7 +149,8 @@ def _verify(
         return run
 
     where = points(programs[1], len(signature.state), example)
-    rows = parity(lambda tensors: run_session(session, names, tensors), *map(model, programs), where, names.outputs)
+    rewritten, dense = map(model, programs)
+    rows = parity(lambda tensors: run_session(session, names, tensors), rewritten, dense, where, names.outputs)
     if failed := [row for row in rows if not row.holds]:
         raise ParityError("ONNX Runtime disagrees with the optimized model:\n" + "\n".join(f"  {row}" for row in failed))
     return rows

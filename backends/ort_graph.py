@@ -27,7 +27,7 @@ def optimise(model: ir.Model) -> Counter[str]:
     kinds = {value: n.inputs[0].dtype for n in fused for value in n.outputs if n.inputs[0] is not None}
     optimize_for_ort(model)
     for value, kind in kinds.items():
-        value.dtype = kind  # nothing else tells the types of an op that onnx does not know
+        value.type = ir.TensorType(kind) if kind is not None else None  # nothing else tells the types of an op that onnx does not know
     for node in model.graph:
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"  # those left over go back to the standard's name
@@ -119,7 +119,7 @@ def _pack(graph: ir.Graph, products: list[ir.Node], biased: bool) -> int:
     graph.insert_before(first, [*new, split])
     for end, part in zip(ends, split.outputs, strict=True):
         assert end is not None
-        part.shape, part.dtype = end.outputs[0].shape, end.outputs[0].dtype
+        part.shape, part.type = end.outputs[0].shape, end.outputs[0].type
         end.outputs[0].replace_all_uses_with(part)
     for node in dict.fromkeys([*(e for e in ends if e is not None and biased), *products]):
         graph.remove(node, safe=True)
