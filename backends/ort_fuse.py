@@ -24,6 +24,9 @@ from dyncc.passes.drop_repeat_kv import repeated
 from dyncc.passes.simplify_mask import CARRY, CAUSAL, Abstract, evaluate
 
 
+MERGES = ("reshape", "view", "flatten")
+
+
 @dataclass(frozen=True)
 class Site:
     """One attention that the op covers: `q` [B, H, S, D], `k` and `v` [B, G, S, D] new, `past` inputs, `held` what holds past and new."""
@@ -214,11 +217,15 @@ def _put(out: fx.Node, result: fx.Node, some: fx.Node | None, heads: int) -> Non
     if some is not None:
         result = emit(out, lambda x, seen: aten.where.ScalarOther(seen.squeeze(1), x, 0.0), result, some)
     for turned in [u for u in out.users if op_name(u) == "transpose" and set(u.args[1:]) in ({1, 2}, {-3, -2})]:
-        for merged in [u for u in turned.users if op_name(u) in ("reshape", "view") and _is_merge(u, result)]:
+        for merged in [u for u in turned.users if op_name(u) in MERGES and _is_merge(u, result)]:
             merged.replace_all_uses_with(result)
-    if any(u.users for u in out.users if op_name(u) == "transpose") or any(op_name(u) != "transpose" for u in out.users):
+            out.graph.erase_node(merged)
+        if not turned.users:
+            out.graph.erase_node(turned)
+    if out.users:
         split = emit(out, lambda x: x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2), result)
         out.replace_all_uses_with(split)
+    out.graph.erase_node(out)  # not left to dead code elimination: with dropout it could be random
 
 
 def _is_merge(node: fx.Node, result: fx.Node) -> bool:
