@@ -23,7 +23,6 @@ from dyncc.kernels.group_query_attention import OP
 from dyncc.passes.drop_repeat_kv import repeated
 from dyncc.passes.simplify_mask import CARRY, CAUSAL, Abstract, evaluate
 
-
 MERGES = ("reshape", "view", "flatten")
 
 
