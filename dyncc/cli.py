@@ -150,8 +150,19 @@ def _written(result: dict[str, Any]) -> str:
     lines += [f"  {text}: {state}" for state in ("applied", "refused") for text in result[state]]
     lines.append(f"  holds for: {result['holds_for']}")
     found = result["verified"]
-    lines.append("  not verified" if found is None else f"  verified: {found}")
+    if found is None:
+        lines.append("  not verified")
+    elif "parity" in found:
+        lines += [f"  fused: {', '.join(f'{n} {name}' for name, n in found['fused'].items() if n) or 'nothing'}"]
+        lines += [f"  {_parity(row)}" for row in found["parity"]]
+    else:
+        lines.append(f"  verified: {found}")
     return "\n".join(lines)
+
+
+def _parity(row: dict[str, Any]) -> str:
+    dense = "" if row["dense"] is None else f", to the dense model {row['dense']:.1e}"
+    return f"{row['output']} at {row['sizes']}: error {row['error']:.1e} of {row['limit']:.0e}{dense}"
 
 
 def _note(message: str) -> None:

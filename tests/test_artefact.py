@@ -339,7 +339,7 @@ def ended(folder: Path, where: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("where", ["weights", "manifest", "sync", "renames"])
+@pytest.mark.parametrize("where", [*(pytest.param(w, marks=pytest.mark.full) for w in ("weights", "manifest", "sync")), "renames"])
 def test_killed_while_saving_the_old_artefact_is_whole(saved: tuple[Any, Path], copy: Path, where: str) -> None:
     assert ended(copy, where).returncode == 9
     call = inputs(Tiny(), length=11, padded=True)

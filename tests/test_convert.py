@@ -14,7 +14,7 @@ from tiny import Tiny, inputs
 
 import dyncc
 from dyncc import cli, convert, dynamic, errors, loading
-from dyncc.runtime import Optimized
+from dyncc.backends import onnx_file
 
 FACTORY = """
     import torch
@@ -114,16 +114,18 @@ def test_an_aotinductor_package(run: Any) -> None:
     assert left() == {"model.aoti.pt2"}
 
 
-def test_onnx_is_written_by_export_onnx(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def export_onnx(self: Optimized, path: Path, *, verify: bool) -> dict[str, Any]:
-        path.write_bytes(b"onnx")
-        path.with_name("model.onnx.data").write_bytes(b"weights")
-        return {"verify": verify}
+def test_onnx_is_checked_at_three_points_and_the_table_printed(run: Any) -> None:
+    code, out, err = run(MODEL, "-o", "model.onnx")
+    assert code == 0, err
+    assert left() == {"model.onnx"}
+    rows = [line for line in out.splitlines() if " at [" in line]
+    assert len(rows) == 3 and all("error" in row and "FAILED" not in row for row in rows)
 
-    monkeypatch.setattr(Optimized, "export_onnx", export_onnx, raising=False)
-    code, out, _ = run(MODEL, "-o", "model.onnx", "--json")
-    assert (code, json.loads(out)["verified"], left()) == (0, {"verify": True}, {"model.onnx", "model.onnx.data"})
-    assert json.loads(run(MODEL, "-o", "model.onnx", "--json", "--no-verify")[1])["verified"] is None
+
+def test_onnx_that_disagrees_is_a_failed_check(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "run_session", lambda session, names, tensors: [torch.zeros(2, 31)])
+    code, _, err = run(MODEL, "-o", "model.onnx")
+    assert code == 1 and "disagrees with the optimized model" in err and left() == set()
 
 
 def test_state_is_saved_and_not_used_up(run: Any) -> None:

@@ -293,6 +293,7 @@ print(json.dumps([made.report.engine, (rss() - before) / weights, weights]))
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("psutil") is None, reason="psutil is not installed")
 def test_the_session_takes_little_more_memory_than_the_weights() -> None:
     engine, share, weights = in_a_process(MEMORY)
@@ -318,6 +319,7 @@ print(json.dumps([calls, report.engine, report.engine_notes[0], same]))
 """
 
 
+@pytest.mark.full
 def test_auto_measures_once_and_remembers(tmp_path: Path) -> None:
     first = in_a_process(CHOICE, DYNCC_CACHE_DIR=str(tmp_path))
     again = in_a_process(CHOICE, DYNCC_CACHE_DIR=str(tmp_path))
