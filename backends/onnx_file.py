@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,23 +38,26 @@ class ParityError(OnnxExportError):
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What was written: the paths, names of inputs and outputs, fused ops with what was expected, and the parity table."""
+    """What was written: the path, names of inputs and outputs, fused ops with what was expected, the parity table, and, where ONNX
+    Runtime failed on its own fused ops, why the file has standard ones instead."""
 
     path: Path
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     fused: dict[str, int]
     parity: tuple[Parity, ...]
+    undone: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "path": str(self.path), "inputs": list(self.inputs), "outputs": list(self.outputs), "fused": self.fused,
-            "parity": [row.to_dict() for row in self.parity],
+            "parity": [row.to_dict() for row in self.parity], "undone": self.undone,
         }  # fmt: skip
 
     def __str__(self) -> str:
         fused = ", ".join(f"{n} {name}" for name, n in self.fused.items() if n) or "nothing"
-        return "\n".join([f"{self.path}", f"  fused: {fused}", *(f"  {row}" for row in self.parity)])
+        undone = [f"  fusions undone: {self.undone}"] if self.undone else []
+        return "\n".join([f"{self.path}", f"  fused: {fused}", *undone, *(f"  {row}" for row in self.parity)])
 
 
 def build(
@@ -83,13 +86,31 @@ def write(
     verify: bool = True,
     portable: bool = False,
 ) -> OnnxFile:
-    """Export the first of `programs` (rewritten, dense) to `path`.
+    """Export the first of `programs` (rewritten, dense) to `path`; fused ops that ONNX Runtime fails on are undone, with the reason.
 
     Raises:
         OnnxExportError: an op has no ONNX form.
         ParityError: ONNX Runtime computes something else; nothing is left under the name.
         OutputNotWritable: the folder cannot be written.
     """
+    if verify and not portable:
+        try:
+            return _write(path, programs, signature, example, metadata, verify, portable)
+        except ParityError as error:
+            plain = _write(path, programs, signature, example, metadata, verify, True)
+            return replace(plain, undone=" ".join(str(error).split())[:300])
+    return _write(path, programs, signature, example, metadata, verify, portable)
+
+
+def _write(
+    path: Path,
+    programs: tuple[Program, Program],
+    signature: Signature,
+    example: Sequence[torch.Tensor],
+    metadata: Mapping[str, str],
+    verify: bool,
+    portable: bool,
+) -> OnnxFile:
     model, names, fused = build(programs[0], signature, example, portable)
     model.metadata_props.update(metadata)
     model.producer_name = "dyncc"
@@ -136,8 +157,6 @@ def _values(graph: onnx_ir.Graph) -> list[onnx_ir.Value]:
 def _verify(
     path: Path, programs: tuple[Program, Program], signature: Signature, example: Sequence[torch.Tensor], names: Names
 ) -> list[Parity]:
-    session = open_session(path)
-
     def model(program: Program) -> Any:
         copied = {i for _, i in signature.copies}
 
@@ -150,7 +169,11 @@ def _verify(
 
     where = points(programs[1], len(signature.state), example)
     rewritten, dense = map(model, programs)
-    rows = parity(lambda tensors: run_session(session, names, tensors), rewritten, dense, where, names.outputs)
+    try:
+        session = open_session(path)
+        rows = parity(lambda tensors: run_session(session, names, tensors), rewritten, dense, where, names.outputs)
+    except Exception as error:
+        raise ParityError(f"ONNX Runtime fails on the file: {' '.join(str(error).split())[:400]}") from error
     if failed := [row for row in rows if not row.holds]:
         raise ParityError("ONNX Runtime disagrees with the optimized model:\n" + "\n".join(f"  {row}" for row in failed))
     return rows

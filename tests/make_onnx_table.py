@@ -6,6 +6,7 @@ Run it from the root of the repository: `python tests/make_onnx_table.py`.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         fused = ", ".join(f"{n} {name}" for name, n in row["dense_fused"].items())
         lines.append(f"| {row['model']} | {row['dense']} | {row['pruned']} | {fused} |")
     notes = [f"- {row['model']}, {kind}: {row[f'{kind}_reason']}" for row in rows for kind in ("dense", "pruned") if row[f"{kind}_reason"]]
-    return "\n".join([*lines, "", "Not exported:" if notes else "Everything was exported.", "", *notes]).rstrip() + "\n"
+    return "\n".join([*lines, "", "Notes:" if notes else "Everything was exported.", "", *notes]).rstrip() + "\n"
 
 
 def main() -> None:
-    """Regenerate both files."""
+    """Regenerate both files; names on the command line renew those rows only."""
+    chosen = sys.argv[1:]
+    kept = {row["model"]: row for row in checked_in()} if chosen else {}
     rows = []
     for model in ZOO:
-        rows.append(zoo_onnx.row(model.name))
+        rows.append(kept[model.name] if chosen and model.name not in chosen else zoo_onnx.row(model.name))
         print(rows[-1], flush=True)
     (DOCS / "onnx.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     (DOCS / "onnx.md").write_text(markdown(rows))

@@ -25,6 +25,7 @@ class Export:
     error: float
     points: int
     fused: dict[str, int]
+    undone: str = ""
 
 
 @cache
@@ -41,7 +42,7 @@ def export(name: str, passes: str) -> Export:
         except DynccError as error:
             return Export("failed", str(error), 0.0, 0, {})
     sizes = {row.sizes for row in written.parity}
-    return Export("exported", "", max(row.error for row in written.parity), len(sizes), written.fused)
+    return Export("exported", "", max(row.error for row in written.parity), len(sizes), written.fused, written.undone)
 
 
 def row(name: str) -> dict[str, Any]:
@@ -50,6 +51,6 @@ def row(name: str) -> dict[str, Any]:
     for label, passes in (("dense", ""), ("pruned", PRUNE)):
         made = export(name, passes)
         found[label] = made.state
-        found[f"{label}_reason"] = made.reason
+        found[f"{label}_reason"] = made.reason or (f"exported with standard ops only: {made.undone}" if made.undone else "")
         found[f"{label}_fused"] = {k: v for k, v in sorted(made.fused.items()) if v and k[0].isupper()}
     return found
