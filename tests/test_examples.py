@@ -6,10 +6,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
+from test_onnx import decoder
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-RUN_HERE = {"encoder_pruning", "generate_smollm2", "vit_random"}
+RUN_HERE = {"encoder_pruning", "generate_smollm2", "onnx_generate", "vit_random"}
 
 
 def load_example(name: str) -> ModuleType:
@@ -41,3 +43,21 @@ def test_vit_random() -> None:
     found = load_example("vit_random").main(["--engine", "reference"])
     assert found["flops"] < found["dense_flops"] and any(rewrite.applied for rewrite in found["report"].rewrites)
     assert found["pruned"].shape == found["dense"].shape and torch.isfinite(found["pruned"]).all()
+
+
+def test_onnx_generate_gives_the_eager_tokens_from_two_files(tmp_path: Path) -> None:
+    example, model, prompt = load_example("onnx_generate"), decoder(), [5, 17, 42, 8]
+    written = example.export(model, tmp_path, longest=128)
+    assert written[1].fused["GroupQueryAttention"] == 2 and written[1].fused["shareable"]
+    eager = model.generate(torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
+    assert example.generate(tmp_path, prompt, tokens=20) == eager
+
+
+@pytest.mark.full
+def test_onnx_generate_on_the_real_model() -> None:
+    from dyncc.models import load_smollm2
+
+    found = load_example("onnx_generate").main(["The ocean is"])
+    model, tokenizer = load_smollm2()
+    prompt = tokenizer("The ocean is", return_tensors="pt")["input_ids"]
+    assert found == model.generate(prompt, max_new_tokens=64, do_sample=False)[0, prompt.shape[1] :].tolist()
