@@ -154,6 +154,7 @@ def _written(result: dict[str, Any]) -> str:
         lines.append("  not verified")
     elif "parity" in found:
         lines += [f"  fused: {', '.join(f'{n} {name}' for name, n in found['fused'].items() if n) or 'nothing'}"]
+        lines += [f"  fusions undone: {found['undone']}"] if found["undone"] else []
         lines += [f"  {_parity(row)}" for row in found["parity"]]
     else:
         lines.append(f"  verified: {found}")

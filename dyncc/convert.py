@@ -69,7 +69,7 @@ def convert(optimized: Optimized, path: Path, *, calls: Sequence[Call], verify: 
     verified: Any
     if kind == "onnx":
         written = optimized.export_onnx(path, verify=verify)  # puts its file, or two, in place by itself
-        verified = {"parity": [row.to_dict() for row in written.parity], "fused": written.fused}
+        verified = {"parity": [row.to_dict() for row in written.parity], "fused": written.fused, "undone": written.undone}
         size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.is_file())
     else:
         with replaced_folder(path, is_artefact) if kind == "artefact" else replaced_file(path) as fresh:
