@@ -147,7 +147,9 @@ def plan_backward(axes: Axes, axis: Dim, end: fx.Node, dim: int) -> Plan:
 
 def _movable(axes: Axes, node: fx.Node, dims: set[int]) -> bool:
     op = axes.ops.get(node)
-    return op is not None and op.known and not is_mutating(node) and (not op.regroups or len(dims) == 1)
+    if op is None or not op.known or is_mutating(node):
+        return False
+    return len(dims) == 1 if op.regroups else op_name(node) in SIZED or dims <= {link.out for link in op.links}
 
 
 def _needed(axes: Axes, plan: Plan, node: fx.Node, op: OpAxes, slots: list[fx.Node], dims: set[int]) -> dict[int, set[int]]:
