@@ -89,11 +89,12 @@ def bench(
     prepare: Callable[[], None] | None = None,
     title: str = "",
     progress: Progress | None = None,
+    others: Mapping[str, Build] | None = None,
 ) -> BenchResult:
     """Time `model(*args, **kwargs)` eagerly, under plain Inductor (or other peers) and under dyncc, and compare their outputs.
 
     `door` 1 compiles with `backend="dyncc"`, 2 calls `dyncc.optimize`. `against` names peers (see `dyncc.peers`) or backends of
-    torch.compile. `metric(dense, other)` replaces the comparison that is chosen by the kind of output. `prepare` is called before every
+    torch.compile; `others` builds callables of the model's arguments to time beside them. `metric(dense, other)` replaces the comparison that is chosen by the kind of output. `prepare` is called before every
     call, unmeasured. A variant that fails is reported, not raised; only a mistake in what dyncc was asked for is.
     """
     if door not in (1, 2):
@@ -105,7 +106,8 @@ def bench(
     options = {"passes": passes, "engine": engine, "evidence": evidence, "dynamic_shapes": dynamic_shapes}
     ours = DynccVariant(model, args, kwargs, door, options)
     builds: dict[str, Build] = {name: _peer(name, model, args, kwargs, dynamic_shapes) for name in against}
-    variants = {name: Variant(build, args, kwargs, prepare) for name, build in {**builds, "dyncc": ours.build}.items()}
+    builds |= {**(others or {}), "dyncc": ours.build}
+    variants = {name: Variant(build, args, kwargs, prepare) for name, build in builds.items()}
     torch._dynamo.reset()
     with torch.no_grad():
         timings = paired(variants, pairs=pairs, warmup=warmup, progress=progress)
