@@ -6,6 +6,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_FLAGS ?=
+WORKERS ?= 2
 PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
@@ -35,8 +36,8 @@ demo: $(INSTALLED) ## run dyncc on a language model and an encoder: speed beside
 	$(BIN)/dyncc demo $(DEMO_FLAGS)
 
 .PHONY: test
-test: $(INSTALLED) ## run the tests (minutes)
-	$(BIN)/pytest -m "not full" $(PYTEST_FLAGS)
+test: $(INSTALLED) ## run the tests (minutes; WORKERS=2 processes of one thread each)
+	$(BIN)/pytest -m "not full" -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 .PHONY: test-full
 test-full: $(INSTALLED) ## run every test (long) and write tests/full.md

@@ -39,7 +39,7 @@ class ParityError(OnnxExportError):
 @dataclass(frozen=True)
 class OnnxFile:
     """What was written: the path, names of inputs and outputs, fused ops with what was expected, the parity table, and, where ONNX
-    Runtime failed on its own fused ops, why the file has standard ones instead."""
+    Runtime fails on its own fused ops or is slower with them, why the file has standard ones instead."""
 
     path: Path
     inputs: tuple[str, ...]
@@ -86,20 +86,47 @@ def write(
     verify: bool = True,
     portable: bool = False,
 ) -> OnnxFile:
-    """Export the first of `programs` (rewritten, dense) to `path`; fused ops that ONNX Runtime fails on are undone, with the reason.
+    """Export the first of `programs` (rewritten, dense) to `path`; fused ops that fail or do not help here are undone, with the reason.
 
     Raises:
         OnnxExportError: an op has no ONNX form.
         ParityError: ONNX Runtime computes something else; nothing is left under the name.
         OutputNotWritable: the folder cannot be written.
     """
-    if verify and not portable:
+    if portable or not verify:
+        return _write(path, programs, signature, example, metadata, verify, portable)
+    try:
+        made = _write(path, programs, signature, example, metadata, verify, False)
+    except ParityError as error:
+        plain = _write(path, programs, signature, example, metadata, verify, True)
+        return replace(plain, undone=" ".join(str(error).split())[:300])
+    return _unless_slower(made, programs, signature, example, metadata)
+
+
+def _unless_slower(
+    made: OnnxFile,
+    programs: tuple[Program, Program],
+    signature: Signature,
+    example: Sequence[torch.Tensor],
+    metadata: Mapping[str, str],
+) -> OnnxFile:
+    """The fused file, or in its place one of standard ops where that is faster on the example. Large models are not measured."""
+    from dyncc.backends.onnx_measure import SHORT, call_seconds, slowdown
+
+    path = made.path
+    names = names_of(programs[0], signature, analyse(programs[0]))
+    if (path.parent / f"{path.name}.data").exists() or call_seconds(path, names, example) < SHORT:
+        return made
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         try:
-            return _write(path, programs, signature, example, metadata, verify, portable)
-        except ParityError as error:
-            plain = _write(path, programs, signature, example, metadata, verify, True)
-            return replace(plain, undone=" ".join(str(error).split())[:300])
-    return _write(path, programs, signature, example, metadata, verify, portable)
+            plain = _write(Path(folder) / path.name, programs, signature, example, metadata, True, True)
+        except OnnxExportError:
+            return made
+        words = slowdown(path, plain.path, names, example)
+        if not words:
+            return made
+        os.replace(plain.path, path)
+    return replace(plain, path=path, undone=words)
 
 
 def _write(

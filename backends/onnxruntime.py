@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 
 from dyncc.backends.flat_call import FlatCall
 from dyncc.backends.onnx_flat import ELEMENTS, exported, is_outside, used_names, with_state
+from dyncc.backends.ort_graph import for_session
 from dyncc.errors import NotTaken, PackageMissing
 from dyncc.ir import Program, is_tensor, val
 
@@ -36,6 +36,9 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Flat
     if device.type == "cpu" and any(is_tensor(n) and val(n).dtype in HALVES for n in program.graph.nodes):
         raise NotTaken("ONNX Runtime computes half precision in float32 on CPUs, which is not the model's precision")
     form, model = exported(program)
+    kinds = [program.inputs[given.place].kind for given in form.given]
+    held = {given.name for given, kind in zip(form.program.inputs, kinds, strict=True) if kind in ("parameter", "constant")}
+    model = for_session(model, held)
     run = FlatCall("onnxruntime", program, form, lambda state: OrtSession(model, state, device), inputs)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (held.tensor for held in run.held.values()))
     run.notes.append(f"{own / 1e6:.1f} MB of weights stay the module's own; the session adds a packed copy of those that it multiplies by")
@@ -101,15 +104,14 @@ class OrtSession:
 
 
 def session_options() -> Any:
-    """As many threads as PyTorch uses, every graph optimisation, and no log lines."""
+    """As many threads as PyTorch uses, which wait busily in a call and never behind it, every graph optimisation, and no log lines."""
     ort = runtime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4
-    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # PyTorch's threads need the cores then
     return options
 
 

@@ -6,13 +6,19 @@ Most of it is onnxscript's `optimize_for_ort`; what it does not do is merging si
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import sympy
 from onnx_ir.passes import common as common_passes
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+from dyncc.backends.ort_rows import attend_to_rows
+
+if TYPE_CHECKING:
+    import onnx
 
 FUSED = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BiasGelu", "GroupQueryAttention", "QuickGelu")
 
@@ -31,14 +37,25 @@ def optimise(model: ir.Model) -> Counter[str]:
     for node in model.graph:
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"  # those left over go back to the standard's name
-    found["packed"] = _pack_projections(model.graph)
+    found["packed"] = pack_projections(model.graph)
     _pack_attention_inputs(model.graph)
+    found["rows"] = attend_to_rows(model.graph)
     found["shareable"] = share_cache(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     model.opset_imports.setdefault("com.microsoft", 1)
     found.update(n.op_type for n in model.graph if n.op_type in FUSED)
     return found
+
+
+def for_session(model: onnx.ModelProto, held: Collection[str]) -> onnx.ModelProto:
+    """A model as a session of ONNX Runtime runs it best; what the session fuses by itself when it is made is left to it."""
+    made = ir.from_proto(model)
+    pack_projections(made.graph, held)
+    attend_to_rows(made.graph)
+    common_passes.RemoveUnusedNodesPass()(made)
+    proto: onnx.ModelProto = ir.to_proto(made)
+    return proto
 
 
 def share_cache(model: ir.Model) -> bool:
@@ -74,56 +91,73 @@ def _has_residual(norm: ir.Node) -> bool:
     return producer is not None and producer.op_type == "Add" and all(v is not None and v.const_value is None for v in producer.inputs)
 
 
-def _pack_projections(graph: ir.Graph) -> int:
-    """One product in place of several of the same rows with constant weights [in, out], biases alike; how many went in."""
+def pack_projections(graph: ir.Graph, held: Collection[str] = ()) -> int:
+    """One product in place of several of the same rows with weights [in, out] that stay the same, biases alike; how many went in.
+
+    `held` names the graph inputs that a session holds as constants: their weights are joined when it is made.
+    """
     siblings: dict[tuple[Any, bool], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if node.op_type == "MatMul" and node.inputs[1] is not None and _matrix(node.inputs[1]) is not None:
-            siblings[node.inputs[0], _bias(node) is not None].append(node)
-    return sum(_pack(graph, nodes, biased) for (_, biased), nodes in siblings.items() if len(nodes) > 1)
+        if node.op_type == "MatMul" and _stays(node.inputs[1], 2, held) and not node.outputs[0].is_graph_output():
+            siblings[node.inputs[0], _bias(node, held) is not None].append(node)
+    packed = sum(_pack(graph, nodes, biased, held) for (_, biased), nodes in siblings.items() if len(nodes) > 1)
+    graph.sort()  # a sibling's weight may be transposed behind the first product
+    return packed
 
 
-def _matrix(value: ir.Value | None) -> np.ndarray | None:
-    array = value.const_value.numpy() if value is not None and value.const_value is not None else None
-    return array if array is not None and array.ndim == 2 else None
+def _stays(value: ir.Value | None, rank: int, held: Collection[str]) -> bool:
+    """Whether a value of known size is the same in every call: a constant, one that the session holds, or such a one transposed."""
+    if value is None or value.shape is None or len(value.shape) != rank or not all(isinstance(size, int) for size in value.shape):
+        return False
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        return _stays(producer.inputs[0], rank, held)
+    return value.const_value is not None or value.name in held
 
 
-def _bias(product: ir.Node) -> ir.Node | None:
-    """The addition of a constant vector to a product, where it is the product's only use."""
+def _bias(product: ir.Node, held: Collection[str]) -> ir.Node | None:
+    """The addition of a vector that stays the same to a product, where it is the product's only use."""
     uses = list(product.outputs[0].uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or product.outputs[0].is_graph_output():
         return None
-    other = uses[0].node.inputs[1 - uses[0].idx]
-    width = product.inputs[1].shape[1] if product.inputs[1] is not None and product.inputs[1].shape is not None else None
-    constant = other is not None and other.const_value is not None and list(other.const_value.shape) == [width]
-    return uses[0].node if constant else None
+    other, weight = uses[0].node.inputs[1 - uses[0].idx], product.inputs[1]
+    width = weight.shape[1] if weight is not None and weight.shape is not None else None
+    stays = other is not None and _stays(other, 1, held) and other.shape is not None and other.shape[0] == width
+    return uses[0].node if stays else None
 
 
-def _pack(graph: ir.Graph, products: list[ir.Node], biased: bool) -> int:
-    weights = [_matrix(n.inputs[1]) for n in products]
-    if len({w.dtype for w in weights if w is not None}) != 1 or any(n.outputs[0].is_graph_output() for n in products):
+def _pack(graph: ir.Graph, products: list[ir.Node], biased: bool, held: Collection[str]) -> int:
+    weights = [value for n in products if (value := n.inputs[1]) is not None]
+    if len({w.dtype for w in weights}) != 1:
         return 0
     first, name = products[0], f"{products[0].name}_packed"
-    widths = [w.shape[1] for w in weights if w is not None]
-    weight = _constant(graph, f"{name}_weight", np.concatenate([w for w in weights if w is not None], axis=1))
-    product = ir.node("MatMul", [first.inputs[0], weight], name=name)
+    ends = [end for n in products if (end := _bias(n, held) if biased else n) is not None]
+    product = ir.node("MatMul", [first.inputs[0], _joined(graph, first, weights, 1, f"{name}_weight")], name=name)
     new, result = [product], product.outputs[0]
-    ends = [_bias(n) if biased else n for n in products]
     if biased:
-        vectors = [next(v for v in end.inputs if v is not None and v.const_value is not None) for end in ends if end is not None]
-        vector = _constant(graph, f"{name}_bias", np.concatenate([v.const_value.numpy() for v in vectors if v.const_value is not None]))
-        new.append(ir.node("Add", [result, vector]))
+        vectors = [next(v for v in end.inputs if _stays(v, 1, held)) for end in ends]
+        new.append(ir.node("Add", [result, _joined(graph, first, vectors, 0, f"{name}_bias")]))
         result = new[-1].outputs[0]
+    widths = [w.shape[1] for w in weights if w.shape is not None]
     sizes = _constant(graph, f"{name}_sizes", np.array(widths))
     split = ir.node("Split", [result, sizes], attributes={"axis": -1}, num_outputs=len(widths))
     graph.insert_before(first, [*new, split])
     for end, part in zip(ends, split.outputs, strict=True):
-        assert end is not None
         part.shape, part.type = end.outputs[0].shape, end.outputs[0].type
         end.outputs[0].replace_all_uses_with(part)
-    for node in dict.fromkeys([*(e for e in ends if e is not None and biased), *products]):
+    for node in dict.fromkeys([*(ends if biased else ()), *products]):
         graph.remove(node, safe=True)
     return len(products)
+
+
+def _joined(graph: ir.Graph, before: ir.Node, values: Sequence[ir.Value | None], axis: int, name: str) -> ir.Value:
+    """The values side by side: a constant where all are, else to be computed (once, where a session holds them)."""
+    arrays = [v.const_value.numpy() for v in values if v is not None and v.const_value is not None]
+    if len(arrays) == len(values):
+        return _constant(graph, name, np.concatenate(arrays, axis=axis))
+    made = ir.node("Concat", values, attributes={"axis": axis}, name=name)
+    graph.insert_before(before, made)
+    return made.outputs[0]
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

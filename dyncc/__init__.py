@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from dyncc.artefact import load
     from dyncc.catalogue import PassInfo, list_passes
     from dyncc.errors import DynccError, DynccUsageError, RefusedError
+    from dyncc.kv_cache import KVCache
     from dyncc.report import Region, Report, Rewrite, reports
     from dyncc.runtime import Optimized, explain, optimize
 
 _PLACES = {
     "DynccError": "errors",
     "DynccUsageError": "errors",
+    "KVCache": "kv_cache",
     "RefusedError": "errors",
     "Optimized": "runtime",
     "PassInfo": "catalogue",
@@ -30,8 +32,8 @@ _PLACES = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "DynccError", "DynccUsageError", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite", "explain", "list_passes",
-    "load", "optimize", "reports",
+    "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite", "explain",
+    "list_passes", "load", "optimize", "reports",
 ]  # fmt: skip
 
 

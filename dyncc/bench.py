@@ -94,8 +94,9 @@ def bench(
     """Time `model(*args, **kwargs)` eagerly, under plain Inductor (or other peers) and under dyncc, and compare their outputs.
 
     `door` 1 compiles with `backend="dyncc"`, 2 calls `dyncc.optimize`. `against` names peers (see `dyncc.peers`) or backends of
-    torch.compile; `others` builds callables of the model's arguments to time beside them. `metric(dense, other)` replaces the comparison that is chosen by the kind of output. `prepare` is called before every
-    call, unmeasured. A variant that fails is reported, not raised; only a mistake in what dyncc was asked for is.
+    torch.compile; `others` builds callables of the model's arguments to time beside them. `metric(dense, other)` replaces the comparison
+    that is chosen by the kind of output. `prepare` is called before every call, unmeasured. A variant that fails is reported, not raised;
+    only a mistake in what dyncc was asked for is.
     """
     if door not in (1, 2):
         raise ValueError(f"door={door}: choose 1 (torch.compile) or 2 (dyncc.optimize)")

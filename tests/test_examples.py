@@ -31,6 +31,7 @@ def test_encoder_pruning() -> None:
     assert found["flops_left"] < 0.9 and 0.5 < found["smallest_cosine"] <= found["mean_cosine"] < 1.0
 
 
+@pytest.mark.full
 def test_generate_smollm2() -> None:
     torch._dynamo.reset()
     found = load_example("generate_smollm2").main(["--engine", "reference", "--tokens", "8"])

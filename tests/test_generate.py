@@ -42,7 +42,7 @@ def _check(model: Any, ids: torch.Tensor, cache: str | None, engine: str) -> Non
         assert report.found_attention == report.expected_attention == LAYERS
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=pytest.mark.full)])
 def test_greedy_tokens_with_the_reference_engine(smollm2: tuple[Any, torch.Tensor], cache: str | None) -> None:
     _check(*smollm2, cache, "reference")
 

@@ -203,6 +203,28 @@ class Odd(nn.Module):
         return torch.linalg.eigvalsh(x)
 
 
+@pytest.mark.parametrize("seconds", [(0.9, 1.0), (1.1, 1.0)])
+def test_fused_ops_that_do_not_help_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float]) -> None:
+    from dyncc.backends import onnx_measure
+
+    taken: list[Path] = []
+
+    def call(session: Any, *_: Any) -> float:
+        taken.append(session)
+        return seconds[(len(taken) - 5) % 2] if len(taken) > 4 else 1.0  # four calls say how long one takes; then both in turns
+
+    monkeypatch.setattr(onnx_measure, "_seconds", call)
+    optimal = optimized(Prefill(decoder()), (torch.randint(3, 99, (2, 8)), padded(2, 8)), ({0: BATCH, 1: LENGTH},) * 2)
+    written = optimal.export_onnx(tmp_path / "model.onnx")
+    domains = {node.domain for node in onnx.load(written.path).graph.node}
+    if seconds[0] < seconds[1]:
+        assert written.undone == "" and "com.microsoft" in domains
+    else:
+        assert written.undone == "they are slower here: 1.1e+03 ms a call, standard ops 1e+03 ms" and domains <= {"", "ai.onnx"}
+    assert written.path == tmp_path / "model.onnx" and [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert all(row.holds for row in written.parity)
+
+
 def test_an_op_without_an_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(OnnxExportError, match="eigh"):
         optimized(Odd(), (torch.eye(3),), None, "").export_onnx(tmp_path / "odd.onnx")

@@ -1,0 +1,85 @@
+"""Keys and values in buffers with room to grow: appending writes the new rows and copies nothing that is already there.
+
+A buffer knows how far it has been written (its high-water mark). Only a store that ends there may go on in place; one that ends before it,
+because it was cropped or because another continuation of the same past was faster, moves to a buffer of its own first. So no
+continuation ever overwrites rows that another one, or a view handed out earlier, still reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ROOM = 512
+"""Rows of the smallest buffer; a larger past gets twice its own length."""
+
+
+class Buffer:
+    """Keys [B, G, N, D] and values [B, G, N, Dv] of which the first `used` rows have been written."""
+
+    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+        self.keys, self.values, self.used = keys, values, used
+
+
+class KVStore:
+    """The first `length` rows of a buffer, which other stores may share."""
+
+    def __init__(self) -> None:
+        self.buffer: Buffer | None = None
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write rows [B, G, T, D] behind the last one; returns all keys and values, as views of the buffer."""
+        end = self.length + keys.shape[2]
+        buffer = self.buffer
+        if buffer is None:
+            buffer = self.buffer = Buffer(_room(keys, end), _room(values, end), 0)
+        elif buffer.used != self.length or end > buffer.keys.shape[2]:
+            buffer = self.buffer = self._moved(buffer, end)
+        buffer.keys[:, :, self.length : end] = keys
+        buffer.values[:, :, self.length : end] = values
+        buffer.used = self.length = end
+        return buffer.keys[:, :, :end], buffer.values[:, :, :end]
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """All keys and values. They stay as they are: what is written later stands behind them, or in another buffer."""
+        assert self.buffer is not None, "nothing was appended yet"
+        return self.buffer.keys[:, :, : self.length], self.buffer.values[:, :, : self.length]
+
+    def crop(self, rows: int) -> None:
+        """Forget the last `rows` rows. The next ones go to a buffer of their own."""
+        self.length = max(0, self.length - rows)
+
+    def change(self, edit: Callable[[Tensor], Tensor]) -> None:
+        """Put `edit(keys)` and `edit(values)` in place of all rows: another batch, or a choice of rows ([B, G, S, D])."""
+        if self.buffer is not None:
+            keys, values = map(edit, self.view())
+            self.buffer, self.length = Buffer(keys, values, keys.shape[2]), keys.shape[2]
+
+    def gather(self, index: Tensor) -> None:
+        """Keep rows `index` [B, G, S] of each head, in that order; the memory of the others is given back."""
+        self.change(lambda rows: rows.gather(2, index.unsqueeze(-1).expand(*index.shape, rows.shape[3])))
+
+    def share(self) -> KVStore:
+        """Another store of the same rows; whichever of the two is appended to first goes on in place."""
+        other = KVStore()
+        other.buffer, other.length = self.buffer, self.length
+        return other
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the rows held, without the room behind them."""
+        return sum(t.numel() * t.element_size() for t in self.view()) if self.buffer is not None else 0
+
+    def _moved(self, buffer: Buffer, end: int) -> Buffer:
+        keys, values = _room(buffer.keys, end), _room(buffer.values, end)
+        keys[:, :, : self.length] = buffer.keys[:, :, : self.length]
+        values[:, :, : self.length] = buffer.values[:, :, : self.length]
+        return Buffer(keys, values, self.length)
+
+
+def _room(like: Tensor, rows: int) -> Tensor:
+    batch, heads, _, width = like.shape
+    return torch.empty(batch, heads, max(ROOM, 2 * rows), width, dtype=like.dtype, device=like.device)
