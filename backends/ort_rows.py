@@ -23,13 +23,13 @@ def _to_rows(graph: ir.Graph, node: ir.Node) -> bool:
     end = _merged(node.outputs[0])
     if end is None or any(r is None for r in rows):
         return False
-    heads = [value.shape[1] for value in node.inputs[:2] if value is not None and value.shape is not None]
-    if not all(isinstance(h, int) for h in heads) or len(heads) != 2:
+    heads = [size for v in node.inputs[:2] if v is not None and v.shape is not None and isinstance(size := v.shape[1], int)]
+    if len(heads) != 2:
         return False
     for slot, value in enumerate(rows):
         node.replace_input_with(slot, value)
-    node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", int(heads[0]))
-    node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", int(heads[1]))
+    node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads[0])
+    node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads[1])
     node.outputs[0].shape = end.shape
     ir.convenience.replace_all_uses_with(end, node.outputs[0])
     return True
