@@ -4,6 +4,7 @@ Law 11, the selection, is in test_kernels_truth.py: it needs no model."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ LENGTH = 14
 
 
 def examples(count: int) -> Any:
-    """So many drawn cases, the same in every run; a failing one is shown as drawn (to shrink it would compile hundreds of models)."""
+    """So many drawn cases, half of them in the quick tests, the same in every run; a failing one is shown as drawn (to shrink it would
+    compile hundreds of models)."""
+    count = count if "DYNCC_TEST_FULL" in os.environ else -(-count // 2)
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=slow)
 

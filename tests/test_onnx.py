@@ -203,7 +203,7 @@ class Odd(nn.Module):
         return torch.linalg.eigvalsh(x)
 
 
-@pytest.mark.parametrize("seconds", [(0.9, 1.0), (1.1, 1.0)])
+@pytest.mark.parametrize("seconds", [pytest.param((0.9, 1.0), marks=pytest.mark.full), (1.1, 1.0)])
 def test_fused_ops_that_do_not_help_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float]) -> None:
     from dyncc.backends import onnx_measure
 
