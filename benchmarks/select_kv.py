@@ -3,8 +3,8 @@
     python benchmarks/select_kv.py --prompt 7744 --ahead 256 --documents 8 --write
 
 Every token is read by all variants in turns, each with a `dyncc.KVCache` of its own and the true text before it. Reported are the
-perplexity of the tokens ahead against dense, the median of paired ratios of the time of a step, and their 95 % intervals (documents are resampled for
-the first, steps for the second).
+perplexity of the tokens ahead against dense, the median of paired ratios of the time of a step, and their 95 % intervals (documents are
+resampled for the first, steps for the second).
 """
 
 from __future__ import annotations

