@@ -2,7 +2,7 @@
 
 o = softmax(q k[S]' * scale) v[S] with S the `budget` best keys by a score of this step's query row; the first `sinks` and the last
 `recents` keys are always in S. Positions stay those of the cache, masks follow. Side conditions: one query row an attention (a decoding
-step), fused attention, one mask row for all heads. Lossy; a budget of all keys is the dense model. TokenSelect (Wu et al. 2024) for the vote.
+step), fused attention, one mask row for all heads. Lossy; all keys as budget is the dense model. TokenSelect (Wu et al. 2024) for the vote.
 """
 
 from __future__ import annotations
