@@ -131,7 +131,7 @@ def _apply(
     if not applied.modified or passed.exact:
         return applied
     before, after = costs[current], costs[applied.program]
-    if after >= before:
+    if after >= before and not applied.result.pays_from:
         return Applied(current, False, False, f"it would cost more than it saves by the cost model ({before:,} FLOPs now, {after:,} then)")
     return applied
 

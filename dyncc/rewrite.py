@@ -50,7 +50,8 @@ class Context:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did. `found` of `expected` sites were rewritten; `misses` says why the others were not; `cuts` is for the masked form."""
+    """What a pass did. `found` of `expected` sites were rewritten; `misses` says why the others were not; `cuts` is for the masked form;
+    `pays_from` says from which size on it saves work, where the graph serves sizes that grow beyond the captured ones."""
 
     found: int
     expected: int
@@ -58,6 +59,7 @@ class PassResult:
     misses: tuple[str, ...] = ()
     cuts: tuple[Any, ...] = ()
     shortened_outputs: frozenset[int] = frozenset()
+    pays_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def apply_pass(program: Program, passed: Pass, context: Context, draft: Draft | 
         modified = _finish(program, candidate, result)
     except Refusal as refusal:
         return Applied(program, False, False, str(refusal), left=draft if _same_nodes(program.graph, draft.program.graph) else None)
-    return Applied(candidate if modified else program, True, modified, result.reason, result)
+    return Applied(candidate if modified else program, True, modified, result.reason or result.pays_from, result)
 
 
 def promised_outputs(program: Program) -> int:

@@ -9,6 +9,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("slice-last-token", "slice_last_token:SliceLastToken"),
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
     ("prune-tokens", "prune_tokens:PruneTokens"),
+    ("select-kv", "select_kv:SelectKV"),
 )
 """Name and place of every pass, in their default order."""
 

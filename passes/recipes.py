@@ -57,5 +57,26 @@ LAZYLLM = Recipe(
     confidence="medium",
 )
 
-RECIPES: tuple[Recipe, ...] = (EVIT, PROMPTDISTILL, LAZYLLM)
+TOKENSELECT = Recipe(
+    name="tokenselect",
+    pass_name="select-kv",
+    options={"budget": "2688", "score": "vote", "share": "layer", "sinks": "128", "recents": "512"},
+    citation="Wu et al., TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV Cache "
+    "Selection, 2024",
+    needs="training-free",
+    note="decoding steps only: 2,048 voted keys between 128 first and 512 last ones; each step selects anew (no selection cache)",
+    confidence="high",
+)
+
+SINK_WINDOW = Recipe(
+    name="sink-window",
+    pass_name="select-kv",
+    options={"budget": "2048", "score": "recents", "share": "layer", "sinks": "4", "recents": "0"},
+    citation="Xiao et al., Efficient Streaming Language Models with Attention Sinks, ICLR 2024",
+    needs="training-free",
+    note="StreamingLLM's choice of keys at their original positions; the cache stays whole, so memory is not bounded",
+    confidence="high",
+)
+
+RECIPES: tuple[Recipe, ...] = (EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW)
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

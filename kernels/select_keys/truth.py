@@ -1,0 +1,92 @@
+"""The truth of key selection for decoding: one query row a head, keys [B, G, N, D] of grouped heads, H a multiple of G.
+
+Heads choose for themselves, for their group, or for the layer: a choice is [B, C, S] with C one of H, G and 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyncc.ir import aten
+from dyncc.kernels.attention_rows import attention_row_logits
+
+
+def visible_keys(mask: Tensor) -> Tensor:
+    """Which keys a mask [B, 1, 1, N] (bool: True is visible; float: added) leaves visible, [B, 1, N] bool."""
+    row = mask[:, :, 0]
+    return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+
+
+def key_scores(q: Tensor, k: Tensor, mask: Tensor | None, score: str, share: str, scale: float | None = None) -> Tensor:
+    """Scores [B, C, N] of keys for query rows q [B, H, 1, D], higher stays.
+
+    Args:
+        score: "logits", the heads' q.k; "vote", their softmax over all visible keys (TokenSelect's soft vote); "recents", the position.
+        share: "head", "group" (mean over a group's heads) or "layer" (mean over all heads).
+    """
+    batch, heads, _, _ = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    if score == "recents":
+        return torch.arange(keys, device=k.device, dtype=torch.float32).expand(batch, 1, keys)
+    found = attention_row_logits(q, k, torch.arange(1, device=q.device), scale).squeeze(2).float()
+    if score == "vote":
+        hidden = found if mask is None else found.masked_fill(~visible_keys(mask), -torch.inf)
+        found = torch.softmax(hidden, -1)
+    if share == "head":
+        return found
+    return found.view(batch, groups, heads // groups, keys).mean(2) if share == "group" else found.mean(1, keepdim=True)
+
+
+def select_keys(score: Tensor, budget: int, visible: Tensor | None = None, sinks: int = 0, recents: int = 0) -> Tensor:
+    """Sorted indices [B, C, min(budget, N)] of the best-scored keys, ties to the lower index; no key is taken twice.
+
+    Args:
+        score: [B, C, N]; visible: [B, 1, N] bool, hidden keys are taken only when no other is left.
+        sinks, recents: the first and the last visible keys are taken whatever their scores.
+
+    >>> select_keys(torch.tensor([[[1.0, 3.0, 3.0, 2.0, 0.0]]]), 3, recents=1).tolist()
+    [[[1, 2, 4]]]
+    """
+    keys: Any = score.shape[2]
+    count = torch.sym_min(budget, keys) if isinstance(keys, torch.SymInt) else min(budget, keys)
+    score = torch.nan_to_num(score.float(), nan=0.0, posinf=1e30, neginf=-1e30)
+    if sinks or recents:
+        score = score.masked_fill(_forced(score, visible, sinks, recents), torch.inf)
+    if visible is not None:
+        score = score.masked_fill(~visible, -torch.inf)
+    least = torch.topk(score, count, dim=2).values[:, :, -1:]
+    above, ties = score > least, (score == least).to(torch.int64)
+    wanted = count - above.to(torch.int64).sum(2, keepdim=True)
+    taken = above | ((ties == 1) & (ties.cumsum(2) <= wanted))
+    place = torch.where(taken, taken.to(torch.int64).cumsum(2) - 1, count)
+    at = torch.arange(keys, device=score.device).expand(score.shape)
+    return at.new_zeros(score.shape[0], score.shape[1], count + 1).scatter(2, place, at)[:, :, :count]
+
+
+def _forced(score: Tensor, visible: Tensor | None, sinks: int, recents: int) -> Tensor:
+    if visible is None:
+        position = torch.arange(score.shape[2], device=score.device)
+        return (position < sinks) | (position >= score.shape[2] - recents)
+    rank = visible.to(torch.int64).cumsum(2)
+    return (rank <= sinks) | (rank > rank[:, :, -1:] - recents)
+
+
+def attend_selected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor, scale: float | None = None) -> Tensor:
+    """Attention [B, H, 1, Dv] of q [B, H, 1, D] over the keys `index` [B, C, S] alone; heads that chose together share gathered keys."""
+    batch, heads, _, width = q.shape
+    groups, choices, count = k.shape[1], index.shape[1], index.shape[2]
+    apart = choices == heads and groups != heads
+    rows = index.reshape(batch, groups, heads // groups * count) if apart else index.expand(batch, groups, count)
+    picked_k, picked_v = (t.gather(2, rows.unsqueeze(-1).expand(*rows.shape, t.shape[3])) for t in (k, v))
+    if apart:
+        picked_k, picked_v = (t.reshape(batch, heads, count, t.shape[3]) for t in (picked_k, picked_v))
+    folded = q if apart else q.reshape(batch, groups, heads // groups, width)
+    seen = None
+    if mask is not None:
+        wide = mask[:, :, 0].expand(batch, 1, mask.shape[3]).expand(batch, choices, mask.shape[3])
+        seen = wide.gather(2, index).unsqueeze(2).expand(batch, choices, folded.shape[2], count)
+    out = aten.scaled_dot_product_attention.default(folded, picked_k, picked_v, seen, 0.0, False, scale=scale)
+    return out.reshape(batch, heads, 1, v.shape[3])

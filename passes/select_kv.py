@@ -1,0 +1,137 @@
+"""select-kv: a decoding step attends to the keys that matter to it, and the cache stays whole.
+
+o = softmax(q k[S]' * scale) v[S] with S the `budget` best keys by a score of this step's query row; the first `sinks` and the last
+`recents` keys are always in S. Positions stay those of the cache, masks follow. Side conditions: one query row an attention (a decoding
+step), fused attention, one mask row for all heads. Lossy; all keys as budget is the dense model. TokenSelect (Wu et al. 2024) for the vote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import fx
+
+from dyncc.analysis.attention import AttentionRegion
+from dyncc.analysis.facts import Facts
+from dyncc.errors import BadOptionValue
+from dyncc.ir import argument, emit, is_symbolic, operands, same_size, shape
+from dyncc.kernels.select_keys import attend_selected, key_scores, select_keys, visible_keys
+from dyncc.options import settle
+from dyncc.passes.drop_repeat_kv import repeated
+from dyncc.restrict import Refusal
+from dyncc.rewrite import Context, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class SelectKV(Pass):
+    """Attend to the `budget` best keys; the first `dense` attentions see all, and a choice serves the next `reuse` ones too."""
+
+    name: ClassVar[str] = "select-kv"
+    summary: ClassVar[str] = "a decoding step attends to its best-scored keys; the cache stays whole"
+    exact: ClassVar[bool] = False
+
+    budget: int = 512
+    score: Literal["vote", "logits", "recents"] = "vote"
+    share: Literal["layer", "group", "head"] = "layer"
+    sinks: int = 4
+    recents: int = 32
+    dense: int = 0
+    reuse: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self)
+        for name, least in (("budget", 1), ("sinks", 0), ("recents", 0), ("dense", 0), ("reuse", 0)):
+            if getattr(self, name) < least:
+                raise BadOptionValue(option=name, value=str(getattr(self, name)), problem=f"{least} is the least")
+        if self.sinks + self.recents > self.budget:
+            problem = f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
+            raise BadOptionValue(option="budget", value=str(self.budget), problem=problem)
+
+    def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
+        """Rewrite every attention of a decoding step; refuse when there is none."""
+        sites = facts.attention[self.dense :]
+        if not sites:
+            raise Refusal(f"dense={self.dense} leaves none of the {len(facts.attention)} attentions")
+        growing = any(r.fused and is_symbolic(shape(operands(r.out)[1])[-2]) for r in sites)
+        done, misses = 0, []
+        choice: fx.Node | None = None
+        served = 0
+        for region in sites:
+            problem = _problem(region)
+            if problem:
+                misses.append(f"attention {region.index}: {problem}")
+                continue
+            served = served + 1 if choice is not None and served < self.reuse and _fits(choice, region, self.share) else 0
+            choice = self._choose(region) if choice is None or served == 0 else choice
+            _attend(region, choice)
+            done += 1
+        if not done:
+            raise Refusal(misses[0])
+        return PassResult(done, len(sites), misses=tuple(misses), pays_from=self._pays_from() if growing else "")
+
+    def _choose(self, region: AttentionRegion) -> fx.Node:
+        """The choice [B, C, S] of one attention, computed in front of it."""
+        sdpa = region.out
+        q, k, _ = _parts(region)
+        scale = argument(sdpa, "scale")
+
+        def choose(q: Any, k: Any, *masks: Any) -> Any:
+            mask = masks[0] if masks else None
+            score = key_scores(q, k, mask, self.score, self.share, scale)
+            return select_keys(score, self.budget, None if mask is None else visible_keys(mask), self.sinks, self.recents)
+
+        made: fx.Node = emit(sdpa, choose, q, k, *([region.mask] if region.mask is not None else []))
+        return made
+
+    def _pays_from(self) -> str:
+        """From how many keys on fewer operations are needed: scoring costs half of an attention, once in `reuse` + 1 attentions."""
+        scored = 0.0 if self.score == "recents" else 0.5 / (self.reuse + 1)
+        return f"fewer operations from {round(self.budget / (1 - scored)):,} keys on, by the cost model; the graph serves any number"
+
+
+def _parts(region: AttentionRegion) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Queries [B, H, 1, D] and the keys and values [B, G, N, D] that stand behind copies for each head."""
+    q, k, v = operands(region.out)[:3]
+    wide_k, wide_v = repeated(k), repeated(v)
+    return (q, wide_k, wide_v) if wide_k is not None and wide_v is not None else (q, k, v)
+
+
+def _problem(region: AttentionRegion) -> str:
+    """Why an attention is not rewritten; ''."""
+    if not region.fused:
+        return "it is spelled out; load the model with attn_implementation='sdpa'"
+    q, k, _ = _parts(region)
+    rows = shape(q)[-2]
+    if len(shape(q)) != 4 or len(shape(k)) != 4:
+        return f"its queries are {list(shape(q))}, not [batch, heads, row, width]"
+    if is_symbolic(rows) or rows != 1:
+        return f"it has {rows} query rows; select-kv acts on decoding steps, which have one"
+    if argument(region.out, "is_causal", False):
+        return "its causal flag hides all keys but the first from a single row"
+    if argument(region.out, "dropout_p", 0.0):
+        return "dropout is active"
+    mask = () if region.mask is None else shape(region.mask)
+    if mask and (len(mask) != 4 or not all(isinstance(size, int) and size == 1 for size in mask[1:3])):
+        return f"its mask is {list(mask)}; one row for all heads, [batch, 1, 1, keys], can follow the choice"
+    return ""
+
+
+def _fits(choice: fx.Node, region: AttentionRegion, share: str) -> bool:
+    """Whether a choice made for an earlier attention names keys of this one: as many keys, chosen by as many."""
+    q, k, _ = _parts(region)
+    wanted = {"layer": 1, "group": shape(k)[1], "head": shape(q)[1]}[share]
+    made_for = choice.meta.get("keys", shape(k)[2])
+    return shape(choice)[1] in (1, wanted) and same_size(made_for, shape(k)[2])
+
+
+def _attend(region: AttentionRegion, choice: fx.Node) -> None:
+    sdpa = region.out
+    q, k, v = _parts(region)
+    choice.meta.setdefault("keys", shape(k)[2])
+    masks = [region.mask] if region.mask is not None else []
+    scale = argument(sdpa, "scale")
+    new = emit(sdpa, lambda q, k, v, at, *mask: attend_selected(q, k, v, mask[0] if mask else None, at, scale), q, k, v, choice, *masks)
+    new.meta = {**sdpa.meta, "val": new.meta["val"]}
+    sdpa.replace_all_uses_with(new)
+    sdpa.graph.erase_node(sdpa)
