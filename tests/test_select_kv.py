@@ -291,7 +291,10 @@ def test_sizes_of_choices() -> None:
     assert [shape(n.args[1]) for n in sdpas] == [(2, GROUPS, 8, WIDTH)] * LAYERS
 
 
-@pytest.mark.parametrize(("model", "attn"), [pytest.param(m, a, id=f"{m.name}-{a}") for m, a in table.CASES])
+ROWS = [pytest.param(m, a, id=f"{m.name}-{a}", marks=[pytest.mark.full] if a == "eager" else []) for m, a in table.CASES]
+
+
+@pytest.mark.parametrize(("model", "attn"), ROWS)
 def test_no_decoder_turned_from_applied_to_refused(model: ZooModel, attn: Attn) -> None:
     then = {(row["model"], row["attention"]): row for row in table.checked_in()}[model.name, attn]
     now = table.row(model, attn)
