@@ -37,7 +37,7 @@ demo: $(INSTALLED) ## run dyncc on a language model and an encoder: speed beside
 
 .PHONY: test
 test: $(INSTALLED) ## run the tests (minutes; WORKERS=2 processes of one thread each)
-	$(BIN)/pytest -m "not full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+	$(BIN)/pytest -m "not full" -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 .PHONY: test-full
 test-full: $(INSTALLED) ## run every test (long) and write tests/full.md

@@ -118,7 +118,7 @@ def test_two_owners_of_one_name_clash() -> None:
 def test_the_shipped_registry_is_consistent() -> None:
     registry = pipeline.default_registry()
     assert registry.names()[:4] == ("simplify-mask", "slice-last-token", "drop-repeat-kv", "prune-tokens")
-    assert {recipe.name for recipe in RECIPES} == {"evit", "promptdistill", "lazyllm"}
+    assert {recipe.name for recipe in RECIPES} == {"evit", "promptdistill", "lazyllm", "tokenselect", "sink-window"}
     assert all(recipe.pass_name in registry.names() and recipe.citation for recipe in RECIPES)
     assert set(registry.exact) <= set(registry.names())
 

@@ -277,6 +277,21 @@ def test_it_exports_to_onnx_with_past(tmp_path: Path) -> None:
     assert len({row.sizes for row in written.parity}) == 3 and all(row.holds for row in written.parity)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "plain"),
+    [
+        ("tokenselect{budget=8 sinks=1 recents=2}", "select-kv{budget=8 score=vote share=layer sinks=1 recents=2}"),
+        ("sink-window{budget=8}", "select-kv{budget=8 score=recents share=layer sinks=4 recents=0}"),
+    ],
+)
+def test_recipes_are_settings_of_the_pass(recipe: str, plain: str) -> None:
+    call = step(24)
+    made = optimized(call, recipe)
+    assert made.report.rewrites[0].applied
+    close(made(*call), optimized(call, plain)(*call))
+
+
+@pytest.mark.full
 def test_the_inductor_engine_agrees() -> None:
     call = step(24)
     text = "select-kv{budget=8 sinks=1 recents=1}"

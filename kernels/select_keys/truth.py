@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncc.ir import aten
 from dyncc.kernels.attention_rows import attention_row_logits
 
 
@@ -88,5 +87,5 @@ def attend_selected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index:
     if mask is not None:
         wide = mask[:, :, 0].expand(batch, 1, mask.shape[3]).expand(batch, choices, mask.shape[3])
         seen = wide.gather(2, index).unsqueeze(2).expand(batch, choices, folded.shape[2], count)
-    out = aten.scaled_dot_product_attention.default(folded, picked_k, picked_v, seen, 0.0, False, scale=scale)
+    out = torch.ops.aten.scaled_dot_product_attention.default(folded, picked_k, picked_v, seen, 0.0, False, scale=scale)
     return out.reshape(batch, heads, 1, v.shape[3])
