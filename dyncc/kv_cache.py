@@ -2,8 +2,8 @@
 
     model.generate(**inputs, past_key_values=dyncc.KVCache())
 
-Same tokens as with transformers' growing cache, eagerly and with the engine `reference`. Inductor (torch 2.13), plain or behind dyncc, fails
-on a step over a cache that was filled before (`NameError` of a symbolic size in its generated code): run such steps eagerly.
+Same tokens as with transformers' growing cache, eagerly and with the engine `reference`. Inductor (torch 2.13), plain or behind dyncc,
+fails on a step over a cache that was filled before (`NameError` of a symbolic size in its generated code): run such steps eagerly.
 """
 
 from __future__ import annotations
