@@ -42,7 +42,7 @@ test: $(INSTALLED) ## run the tests (minutes; WORKERS=2 processes of one thread 
 .PHONY: test-full
 test-full: $(INSTALLED) ## run every test (long) and write tests/full.md
 	mkdir -p build
-	DYNCC_TEST_FULL=1 $(BIN)/pytest --junitxml=build/full.xml $(PYTEST_FLAGS) || failed=1; $(BIN)/python tests/summary.py build/full.xml > tests/full.md; exit $${failed:-0}
+	$(BIN)/pytest --junitxml=build/full.xml $(PYTEST_FLAGS) || failed=1; $(BIN)/python tests/summary.py build/full.xml > tests/full.md; exit $${failed:-0}
 
 .PHONY: test-matrix
 test-matrix: ## run the zoo on the oldest and the newest torch and transformers allowed and write tests/matrix.md

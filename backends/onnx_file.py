@@ -113,16 +113,15 @@ def _unless_slower(
     """The fused file, or in its place one of standard ops where that is faster on the example. Large models are not measured."""
     from dyncc.backends.onnx_measure import SHORT, call_seconds, slowdown
 
-    path = made.path
-    names = names_of(programs[0], signature, analyse(programs[0]))
-    if (path.parent / f"{path.name}.data").exists() or call_seconds(path, names, example) < SHORT:
+    path, names = made.path, Names(made.inputs, made.outputs, {})
+    if sum(tensor.nbytes for tensor in signature.state) > INLINE or (seconds := call_seconds(path, names, example)) < SHORT:
         return made
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         try:
             plain = _write(Path(folder) / path.name, programs, signature, example, metadata, True, True)
         except OnnxExportError:
             return made
-        words = slowdown(path, plain.path, names, example)
+        words = slowdown(path, plain.path, names, example, seconds)
         if not words:
             return made
         os.replace(plain.path, path)

@@ -13,7 +13,6 @@ import torch
 
 from dyncc.backends.flat_call import FlatCall
 from dyncc.backends.onnx_flat import ELEMENTS, exported, is_outside, used_names, with_state
-from dyncc.backends.ort_graph import for_session
 from dyncc.errors import NotTaken, PackageMissing
 from dyncc.ir import Program, is_tensor, val
 
@@ -31,15 +30,14 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Flat
         PackageMissing: onnxruntime is not installed.
     """
     runtime()
+    from dyncc.backends.ort_graph import for_session
+
     refuse_gradients(program)
     device = device_of(program)
     if device.type == "cpu" and any(is_tensor(n) and val(n).dtype in HALVES for n in program.graph.nodes):
         raise NotTaken("ONNX Runtime computes half precision in float32 on CPUs, which is not the model's precision")
     form, model = exported(program)
-    kinds = [program.inputs[given.place].kind for given in form.given]
-    held = {given.name for given, kind in zip(form.program.inputs, kinds, strict=True) if kind in ("parameter", "constant")}
-    model = for_session(model, held)
-    run = FlatCall("onnxruntime", program, form, lambda state: OrtSession(model, state, device), inputs)
+    run = FlatCall("onnxruntime", program, form, lambda state: OrtSession(for_session(model, state), state, device), inputs)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (held.tensor for held in run.held.values()))
     run.notes.append(f"{own / 1e6:.1f} MB of weights stay the module's own; the session adds a packed copy of those that it multiplies by")
     return run

@@ -64,5 +64,6 @@ def _merged(heads: ir.Value) -> ir.Value | None:
     return end if fits and _same(end.shape[1], heads.shape[2]) and _same(end.shape[0], heads.shape[0]) else None  # type: ignore[index]
 
 
-def _same(a: object, b: object) -> bool:
-    return str(a) == str(b)
+def _same(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
+    """Whether two sizes are known to be equal."""
+    return a == b and getattr(a, "value", a) is not None

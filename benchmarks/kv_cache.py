@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from record import progress, write
 from torch import Tensor
+from transformers import StaticCache
 
 import dyncc
 from dyncc.bench_result import environment
@@ -37,19 +38,8 @@ class Step:
             self.logits = self.run(input_ids=self.token, past_key_values=self.cache, logits_to_keep=1).logits
 
 
-def filled(past: Sequence[Tensor]) -> dyncc.KVCache:
-    """A KVCache that holds a copy of `past` (k0, v0, k1, ...)."""
-    cache = dyncc.KVCache()
-    for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
-        cache.update(key, value, layer)
-    return cache
-
-
-def static(model: Any, past: Sequence[Tensor], capacity: int) -> Any:
-    """transformers' preallocated cache, filled with `past`."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=capacity)
+def filled(cache: Any, past: Sequence[Tensor]) -> Any:
+    """A cache with a copy of `past` (k0, v0, k1, ...) in it."""
     for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
         cache.update(key, value, layer)
     return cache
@@ -57,15 +47,17 @@ def static(model: Any, past: Sequence[Tensor], capacity: int) -> Any:
 
 def variants(model: Any, past: Sequence[Tensor], token: Tensor, room: int) -> dict[str, Step]:
     """The peers and ours, each with a cache of its own."""
+    preallocated = StaticCache(config=model.config, max_cache_len=past[0].shape[2] + room)
+
     def compiled(backend: str) -> Any:
         return torch.compile(model, backend=backend)
 
     return {
         BASELINE: Step(model, grow_from(past), token),
-        "inductor, preallocated cache": Step(compiled("inductor"), static(model, past, past[0].shape[2] + room), token),
-        "eager, KVCache": Step(model, filled(past), token),
-        "inductor, KVCache": Step(compiled("inductor"), filled(past), token),
-        "dyncc, KVCache": Step(compiled("dyncc"), filled(past), token),
+        "inductor, preallocated cache": Step(compiled("inductor"), filled(preallocated, past), token),
+        "eager, KVCache": Step(model, filled(dyncc.KVCache(), past), token),
+        "inductor, KVCache": Step(compiled("inductor"), filled(dyncc.KVCache(), past), token),
+        "dyncc, KVCache": Step(compiled("dyncc"), filled(dyncc.KVCache(), past), token),
     }
 
 

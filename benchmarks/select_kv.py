@@ -10,6 +10,7 @@ resampled for the first, steps for the second).
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from typing import Any
@@ -78,11 +79,7 @@ def _read(
     """Read one document; every token goes through all variants before the next."""
     first = dyncc.KVCache()
     logits = model(input_ids=document[None, :prompt], past_key_values=first, logits_to_keep=1).logits
-    caches = {name: dyncc.KVCache() for name in runs}
-    for cache in caches.values():
-        for index, layer in enumerate(first.layers):
-            cache.update(layer.keys, layer.values, index)
-    del first
+    caches = {name: copy.deepcopy(first) for name in runs}
     total = dict.fromkeys(runs, F.cross_entropy(logits[0].float(), document[prompt : prompt + 1]).item())
     names = list(runs)
     for step, position in enumerate(range(prompt, len(document) - 1)):

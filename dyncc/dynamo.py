@@ -87,7 +87,7 @@ def _without_layer_passes(settings: Settings, report: Report) -> Settings:
 
     kept = []
     for passed in settings.passes:
-        if not hasattr(passed, "layers"):
+        if not passed.counts_layers:
             kept.append(passed)
             continue
         reason = f"a graph break splits the model, so its layers cannot be numbered: {report.graph_break}"

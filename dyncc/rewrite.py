@@ -71,6 +71,11 @@ class Pass:
     exact: ClassVar[bool] = True
     keeps_gradients: ClassVar[bool] = False
 
+    @property
+    def counts_layers(self) -> bool:
+        """Whether the options name layers by number: such a pass cannot run on a part of a model."""
+        return hasattr(self, "layers")
+
     def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
         """Edit `program.graph` in place, or raise `Refusal`."""
         raise NotImplementedError(type(self).__name__)

@@ -24,6 +24,20 @@ from dyncc.rewrite import Context, Pass, PassResult
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Chosen keys `index` [B, C, S], made for an attention of so many query heads and (key heads, keys)."""
+
+    index: fx.Node
+    heads: Any
+    keys: tuple[Any, ...]
+
+    def fits(self, region: AttentionRegion) -> bool:
+        """Whether it names keys of another attention too: as many heads, as many keys."""
+        q, k, _ = _parts(region)
+        return shape(q)[1] == self.heads and all(same_size(a, b) for a, b in zip(self.keys, shape(k)[1:3], strict=True))
+
+
+@dataclass(frozen=True)
 class SelectKV(Pass):
     """Attend to the `budget` best keys; the first `dense` attentions see all, and a choice serves the next `reuse` ones too."""
 
@@ -55,23 +69,30 @@ class SelectKV(Pass):
             raise Refusal(f"dense={self.dense} leaves none of the {len(facts.attention)} attentions")
         growing = any(r.fused and is_symbolic(shape(operands(r.out)[1])[-2]) for r in sites)
         done, misses = 0, []
-        choice: fx.Node | None = None
+        choice: Choice | None = None
         served = 0
         for region in sites:
             problem = _problem(region)
             if problem:
                 misses.append(f"attention {region.index}: {problem}")
                 continue
-            served = served + 1 if choice is not None and served < self.reuse and _fits(choice, region, self.share) else 0
-            choice = self._choose(region) if choice is None or served == 0 else choice
-            _attend(region, choice)
+            if choice is None or served == self.reuse or not choice.fits(region):
+                choice, served = self._choose(region), 0
+            else:
+                served += 1
+            _attend(region, choice.index)
             done += 1
         if not done:
             raise Refusal(misses[0])
         return PassResult(done, len(sites), misses=tuple(misses), pays_from=self._pays_from() if growing else "")
 
-    def _choose(self, region: AttentionRegion) -> fx.Node:
-        """The choice [B, C, S] of one attention, computed in front of it."""
+    @property
+    def counts_layers(self) -> bool:
+        """The first `dense` ones are counted from the start of the model."""
+        return self.dense > 0
+
+    def _choose(self, region: AttentionRegion) -> Choice:
+        """The choice of one attention, computed in front of it."""
         sdpa = region.out
         q, k, _ = _parts(region)
         scale = argument(sdpa, "scale")
@@ -82,7 +103,7 @@ class SelectKV(Pass):
             return select_keys(score, self.budget, None if mask is None else visible_keys(mask), self.sinks, self.recents)
 
         made: fx.Node = emit(sdpa, choose, q, k, *([region.mask] if region.mask is not None else []))
-        return made
+        return Choice(made, shape(q)[1], tuple(shape(k)[1:3]))
 
     def _pays_from(self) -> str:
         """From how many keys on fewer operations are needed: scoring costs half of an attention, once in `reuse` + 1 attentions."""
@@ -117,21 +138,12 @@ def _problem(region: AttentionRegion) -> str:
     return ""
 
 
-def _fits(choice: fx.Node, region: AttentionRegion, share: str) -> bool:
-    """Whether a choice made for an earlier attention names keys of this one: as many keys, chosen by as many."""
-    q, k, _ = _parts(region)
-    wanted = {"layer": 1, "group": shape(k)[1], "head": shape(q)[1]}[share]
-    made_for = choice.meta.get("keys", shape(k)[2])
-    return shape(choice)[1] in (1, wanted) and same_size(made_for, shape(k)[2])
-
-
-def _attend(region: AttentionRegion, choice: fx.Node) -> None:
+def _attend(region: AttentionRegion, index: fx.Node) -> None:
     sdpa = region.out
     q, k, v = _parts(region)
-    choice.meta.setdefault("keys", shape(k)[2])
     masks = [region.mask] if region.mask is not None else []
     scale = argument(sdpa, "scale")
-    new = emit(sdpa, lambda q, k, v, at, *mask: attend_selected(q, k, v, mask[0] if mask else None, at, scale), q, k, v, choice, *masks)
+    new = emit(sdpa, lambda q, k, v, at, *mask: attend_selected(q, k, v, mask[0] if mask else None, at, scale), q, k, v, index, *masks)
     new.meta = {**sdpa.meta, "val": new.meta["val"]}
     sdpa.replace_all_uses_with(new)
     sdpa.graph.erase_node(sdpa)

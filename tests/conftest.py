@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_configure(config: pytest.Config) -> None:
     """`-m "not full"` is `make test`; everything is `make test-full`."""
     config.addinivalue_line("markers", "full: takes minutes; part of `make test-full` only")
+    if config.option.markexpr == "not full":
+        os.environ["DYNCC_TEST_QUICK"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from test_onnx import decoder
+from transformers import DynamicCache
 
 import dyncc
 from dyncc.kv_store import ROOM, KVStore
@@ -18,11 +19,9 @@ from dyncc.kv_store import ROOM, KVStore
 VOCABULARY, STEPS = 97, 40
 
 
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=None, max_position_embeddings=4096, **changes)
-    return LlamaForCausalLM(config).eval()
+def tiny_llama() -> Any:
+    """A decoder that never ends a text by itself."""
+    return decoder(eos_token_id=None, max_position_embeddings=4096)
 
 
 def prompt(batch: int = 2, length: int = 7, pads: int = 0) -> dict[str, torch.Tensor]:

@@ -20,18 +20,19 @@ from dyncc.backends import onnx_file
 from dyncc.backends.onnx_export import OnnxExportError
 from dyncc.decoding import Decode, Prefill
 from dyncc.errors import OutputNotWritable
+from dyncc.timing import Timings
 
 BATCH, LENGTH, PAST = Dim("batch", min=2, max=16), Dim("length", min=2, max=200), Dim("past", min=2, max=200)
 LAYERS, HEADS, GROUPS, WIDTH = 2, 4, 2, 16
 
 
-def decoder() -> nn.Module:
+def decoder(**changes: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         config = hf.LlamaConfig(
             hidden_size=HEADS * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=GROUPS,
             intermediate_size=96,
-            vocab_size=99, max_position_embeddings=256, attn_implementation="sdpa", pad_token_id=0,
+            vocab_size=99, **{"max_position_embeddings": 256, "attn_implementation": "sdpa", "pad_token_id": 0, **changes},
         )  # fmt: skip
         return hf.LlamaForCausalLM(config).eval()
 
@@ -198,22 +199,14 @@ def test_a_mismatch_leaves_nothing_under_the_name(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["linear.onnx"] and path.read_text() == "what was there before"
 
 
-class Odd(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.eigvalsh(x)
-
-
 @pytest.mark.parametrize("seconds", [pytest.param((0.9, 1.0), marks=pytest.mark.full), (1.1, 1.0)])
 def test_fused_ops_that_do_not_help_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float]) -> None:
     from dyncc.backends import onnx_measure
 
-    taken: list[Path] = []
+    def timed(variants: dict[str, Any], **_: Any) -> Timings:
+        return Timings({name: [taken] for name, taken in zip(variants, seconds, strict=False)})  # the fused file first, then the other
 
-    def call(session: Any, *_: Any) -> float:
-        taken.append(session)
-        return seconds[(len(taken) - 5) % 2] if len(taken) > 4 else 1.0  # four calls say how long one takes; then both in turns
-
-    monkeypatch.setattr(onnx_measure, "_seconds", call)
+    monkeypatch.setattr(onnx_measure, "paired", timed)
     optimal = optimized(Prefill(decoder()), (torch.randint(3, 99, (2, 8)), padded(2, 8)), ({0: BATCH, 1: LENGTH},) * 2)
     written = optimal.export_onnx(tmp_path / "model.onnx")
     domains = {node.domain for node in onnx.load(written.path).graph.node}
@@ -223,6 +216,11 @@ def test_fused_ops_that_do_not_help_are_undone(tmp_path: Path, monkeypatch: pyte
         assert written.undone == "they are slower here: 1.1e+03 ms a call, standard ops 1e+03 ms" and domains <= {"", "ai.onnx"}
     assert written.path == tmp_path / "model.onnx" and [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert all(row.holds for row in written.parity)
+
+
+class Odd(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvalsh(x)
 
 
 def test_an_op_without_an_onnx_form_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dyncc
-from dyncc.backends import onnxruntime as engine
+from dyncc.backends import ort_graph
 from dyncc.backends.ort_graph import pack_projections
 from dyncc.backends.ort_rows import attend_to_rows
 
@@ -103,8 +103,8 @@ def test_a_session_joins_the_weights_that_it_holds_and_sees_new_ones(monkeypatch
     torch.manual_seed(0)
     model, x = Block().eval(), torch.randn(B, T, H * D)
     made: list[onnx.ModelProto] = []
-    plain = engine.for_session
-    monkeypatch.setattr(engine, "for_session", lambda *given: made.append(plain(*given)) or made[-1])
+    plain = ort_graph.for_session
+    monkeypatch.setattr(ort_graph, "for_session", lambda *given: made.append(plain(*given)) or made[-1])
     fast = dyncc.optimize(model, (x,), engine="onnxruntime", evidence="off")
     torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
     ops = Counter(n.op_type for n in made[0].graph.node)
