@@ -2,12 +2,12 @@
 
     model.generate(**inputs, past_key_values=dyncc.KVCache())
 
-Same tokens as with transformers' growing cache, eagerly and with the engine `reference`. Inductor (torch 2.13), plain or behind dyncc,
-fails on a step over a cache that was filled before (`NameError` of a symbolic size in its generated code): run such steps eagerly.
+Same tokens as with transformers' growing cache; compiled, two or three graphs serve all lengths that fit the buffers.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +49,11 @@ class GrowingLayer(DynamicLayer):
     def _set(self, value: Tensor | None) -> None:
         if value is not None:
             raise AttributeError("keys and values of a dyncc.KVCache are changed together; use layer.store.change")
+
+    def __copy__(self) -> GrowingLayer:
+        twin = GrowingLayer()
+        twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store)}
+        return twin
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -93,7 +98,7 @@ class KVCache(Cache):
     """A growing cache for `generate()` and `model(..., past_key_values=...)` that appends in place.
 
     Copies made with `copy.copy` and caches that were cropped share buffers with what they came from, and move to their own when they
-    go on from another row than the last one written.
+    go on.
     """
 
     def __init__(self) -> None:
@@ -101,12 +106,7 @@ class KVCache(Cache):
 
     def __copy__(self) -> KVCache:
         other = KVCache()
-        for layer in self.layers:
-            twin = GrowingLayer()
-            twin.store = layer.store.share()
-            if layer.is_initialized:
-                twin.dtype, twin.device, twin.is_initialized = layer.dtype, layer.device, True
-            other.layers.append(twin)
+        other.layers = [copy.copy(layer) for layer in self.layers]
         return other
 
     @property

@@ -1,8 +1,9 @@
 """Keys and values in buffers with room to grow: appending writes the new rows and copies nothing that is already there.
 
-A buffer knows how far it has been written (its high-water mark). Only a store that ends there may go on in place; one that ends before it,
-because it was cropped or because another continuation of the same past was faster, moves to a buffer of its own first. So no
-continuation ever overwrites rows that another one, or a view handed out earlier, still reads.
+Of the stores that share a buffer one may go on in place: the one that wrote its last row and still ends there. Any other, because it was
+cropped or came from sharing, moves to a buffer of its own first. So no continuation ever overwrites rows that another one, or a view
+handed out earlier, still reads. (The mark is a flag, not a length: a compiled step would compare two sizes that are always equal, and
+Inductor of torch 2.13 then forgets to define one of them.)
 """
 
 from __future__ import annotations
@@ -17,30 +18,31 @@ ROOM = 512
 
 
 class Buffer:
-    """Keys [B, G, N, D] and values [B, G, N, Dv] of which the first `used` rows have been written."""
+    """Keys [B, G, N, D] and values [B, G, N, Dv]."""
 
-    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
-        self.keys, self.values, self.used = keys, values, used
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
 
 
 class KVStore:
-    """The first `length` rows of a buffer, which other stores may share."""
+    """The first `length` rows of a buffer, which other stores may share; `newest` while its last row is the last written."""
 
     def __init__(self) -> None:
         self.buffer: Buffer | None = None
         self.length = 0
+        self.newest = False
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write rows [B, G, T, D] behind the last one; returns all keys and values, as views of the buffer."""
         end = self.length + keys.shape[2]
         buffer = self.buffer
         if buffer is None:
-            buffer = self.buffer = Buffer(_room(keys, end), _room(values, end), 0)
-        elif buffer.used != self.length or end > buffer.keys.shape[2]:
+            buffer = self.buffer = Buffer(_room(keys, end), _room(values, end))
+        elif not self.newest or end > buffer.keys.shape[2]:
             buffer = self.buffer = self._moved(buffer, end)
         buffer.keys[:, :, self.length : end] = keys
         buffer.values[:, :, self.length : end] = values
-        buffer.used = self.length = end
+        self.length, self.newest = end, True
         return buffer.keys[:, :, :end], buffer.values[:, :, :end]
 
     def view(self) -> tuple[Tensor, Tensor]:
@@ -50,20 +52,21 @@ class KVStore:
 
     def crop(self, rows: int) -> None:
         """Forget the last `rows` rows. The next ones go to a buffer of their own."""
-        self.length = max(0, self.length - rows)
+        if rows:
+            self.length, self.newest = max(0, self.length - rows), False
 
     def change(self, edit: Callable[[Tensor], Tensor]) -> None:
         """Put `edit(keys)` and `edit(values)` in place of all rows: another batch, or a choice of rows ([B, G, S, D])."""
         if self.buffer is not None:
             keys, values = map(edit, self.view())
-            self.buffer, self.length = Buffer(keys, values, keys.shape[2]), keys.shape[2]
+            self.buffer, self.length, self.newest = Buffer(keys, values), keys.shape[2], False
 
     def gather(self, index: Tensor) -> None:
         """Keep rows `index` [B, G, S] of each head, in that order; the memory of the others is given back."""
         self.change(lambda rows: rows.gather(2, index.unsqueeze(-1).expand(*index.shape, rows.shape[3])))
 
-    def share(self) -> KVStore:
-        """Another store of the same rows; whichever of the two is appended to first goes on in place."""
+    def __copy__(self) -> KVStore:
+        """Another store of the same rows; it moves to its own buffer when it is appended to."""
         other = KVStore()
         other.buffer, other.length = self.buffer, self.length
         return other
@@ -77,7 +80,7 @@ class KVStore:
         keys, values = _room(buffer.keys, end), _room(buffer.values, end)
         keys[:, :, : self.length] = buffer.keys[:, :, : self.length]
         values[:, :, : self.length] = buffer.values[:, :, : self.length]
-        return Buffer(keys, values, self.length)
+        return Buffer(keys, values)
 
 
 def _room(like: Tensor, rows: int) -> Tensor:

@@ -58,7 +58,7 @@ def test_any_order_of_appends_crops_and_shares_is_concatenation(steps: list[tupl
             stores[at].crop(count)
             models[at] = [t[:, :, : max(0, t.shape[2] - count)] for t in models[at]]
         elif step == "share":
-            stores.append(stores[at].share())
+            stores.append(copy.copy(stores[at]))
             models.append(list(models[at]))
         else:
             at = count % len(stores)
@@ -82,7 +82,7 @@ def test_appending_writes_in_place_until_the_buffer_is_full() -> None:
 def test_the_second_continuation_of_one_past_moves_to_its_own_buffer() -> None:
     store = KVStore()
     store.append(*rows(5))
-    other = store.share()
+    other = copy.copy(store)
     store.append(*rows(1, seed=1))
     other.append(*rows(1, seed=2))
     assert store.buffer is not other.buffer
@@ -197,3 +197,28 @@ def test_compiled_generation_is_two_graphs_that_dyncc_lowers(batch: int) -> None
     for report in reports:
         assert report.fallback is None and report.found_attention == report.expected_attention == 2
     torch._dynamo.reset()
+
+
+def test_inductor_steps_over_a_cache_that_was_filled_before() -> None:
+    torch._dynamo.reset()
+    model, ids = tiny_llama(), prompt(1, ROOM)["input_ids"]
+    cache = dyncc.KVCache()
+    _logits(model, ids, cache)
+    expected = copy.deepcopy(cache)
+    compiled, before = torch.compile(model, backend="dyncc"), len(dyncc.reports())
+    for token in range(5, 10):
+        step = torch.tensor([[token]])
+        torch.testing.assert_close(_logits(compiled, step, cache), _logits(model, step, expected), rtol=1e-4, atol=1e-5)
+    assert len(dyncc.reports()) - before <= 2 and not any(r.fallback for r in dyncc.reports()[before:])
+    torch._dynamo.reset()
+
+
+def test_a_copied_layer_goes_on_by_itself() -> None:
+    cache = dyncc.KVCache()
+    _logits(tiny_llama(), prompt(1)["input_ids"], cache)
+    layer, twin = cache.layers[0], copy.copy(cache.layers[0])
+    new = torch.ones(1, 2, 1, 16)
+    layer.update(new, new)
+    twin.update(-new, -new)
+    assert layer.get_seq_length() == twin.get_seq_length() == 8
+    assert (layer.keys[:, :, -1] == 1).all() and (twin.keys[:, :, -1] == -1).all()

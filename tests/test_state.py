@@ -303,6 +303,13 @@ def test_a_graph_break_refuses_layer_passes_and_names_the_line() -> None:
     assert "a graph break splits the model" in made[1].rewrites[0].reason
 
 
+@pytest.mark.parametrize(("passes", "refused"), [("select-kv{dense=1}", True), ("select-kv", False)])
+def test_a_graph_break_refuses_passes_that_count_layers_from_the_start(passes: str, refused: bool) -> None:
+    with torch.no_grad():
+        made = reports_of(lambda: compiled(Breaks(Attending()), passes=passes)(torch.randn(2, 5, 8)))
+    assert all(("a graph break splits the model" in report.rewrites[0].reason) == refused for report in made)
+
+
 def test_every_recompilation_is_reported() -> None:
     model, _ = decoder()
     call = compiled(model)
