@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from dyncc.backends.inductor import compile_graph as plain_inductor
@@ -18,7 +18,7 @@ from dyncc.driver import rewrite
 from dyncc.engines import lowered
 from dyncc.errors import DynccError, DynccUsageError, RefusedError
 from dyncc.ir import hint
-from dyncc.report import Report, add_report
+from dyncc.report import Report, add_report, take_back
 from dyncc.settings import Settings, settings_from
 
 ATTENTION_LIKE = ("scaled_dot_product_attention", "softmax", "_softmax")
@@ -59,6 +59,9 @@ def _compile_or_fall_back(gm: fx.GraphModule, example_inputs: Sequence[Any], set
     except CaptureError as problem:
         return _fall_back(gm, example_inputs, settings, report, str(problem), quiet=True)
     except (DynccUsageError, RefusedError):
+        raise
+    except RestartAnalysis:  # no failure: Dynamo traces again with what was learned, and calls again
+        take_back(report)
         raise
     except Exception as problem:
         return _fall_back(gm, example_inputs, settings, report, f"{type(problem).__name__}: {problem}", quiet=False)

@@ -114,8 +114,14 @@ _lock = threading.Lock()
 
 def add_report(report: Report) -> None:
     with _lock:
-        report.number = len(_reports)
+        report.number = _reports[-1].number + 1 if _reports else 0
         _reports.append(report)
+
+
+def take_back(report: Report) -> None:
+    """Forget a report: its graph is captured anew."""
+    with _lock:
+        _reports.remove(report)
 
 
 def reports() -> list[Report]:

@@ -199,13 +199,15 @@ def test_compiled_generation_is_two_graphs_that_dyncc_lowers(batch: int) -> None
     torch._dynamo.reset()
 
 
-def test_inductor_steps_over_a_cache_that_was_filled_before() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_inductor_steps_over_a_cache_that_was_filled_before(dynamic: bool | None) -> None:
+    """With `dynamic`, Dynamo starts over when Inductor finds a float that must be fixed: one graph, one report, no fallback."""
     torch._dynamo.reset()
     model, ids = tiny_llama(), prompt(1, ROOM)["input_ids"]
     cache = dyncc.KVCache()
     _logits(model, ids, cache)
     expected = copy.deepcopy(cache)
-    compiled, before = torch.compile(model, backend="dyncc"), len(dyncc.reports())
+    compiled, before = torch.compile(model, backend="dyncc", dynamic=dynamic), len(dyncc.reports())
     for token in range(5, 10):
         step = torch.tensor([[token]])
         torch.testing.assert_close(_logits(compiled, step, cache), _logits(model, step, expected), rtol=1e-4, atol=1e-5)
