@@ -21,6 +21,7 @@ from dyncc.claims import Claim, comparable, compare
 from dyncc.evidence import relative_error
 from dyncc.ir import Program, argument, is_mutating, is_tensor, op_name, operands, plain_arguments, val
 from dyncc.rewrite import callers_outputs
+from dyncc.shared_masks import share_masks
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class _Builder:
             self._claim_outputs(i)
         returned = [tuple(self._returned(i)) if w else None for i, w in enumerate(wanted)]
         self.graph.output((tuple(self.errors), tuple(returned)))
+        share_masks(self.graph)
         return Joint(fx.GraphModule(self.programs[0].module, self.graph), tuple(self.claims))
 
     def _inputs(self) -> None:
