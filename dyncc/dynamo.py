@@ -18,6 +18,7 @@ from dyncc.driver import rewrite
 from dyncc.engines import lowered
 from dyncc.errors import DynccError, DynccUsageError, RefusedError
 from dyncc.ir import hint
+from dyncc.cache_marks import serve_caches
 from dyncc.report import Report, add_report, take_back
 from dyncc.settings import Settings, settings_from
 
@@ -70,6 +71,7 @@ def _compile_or_fall_back(gm: fx.GraphModule, example_inputs: Sequence[Any], set
 def _compile(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, report: Report) -> Callable[..., Any]:
     start = time.perf_counter()
     program = from_dynamo(gm, example_inputs)
+    program = serve_caches(program, report)
     report.seconds["capture"] = time.perf_counter() - start
     if report.graph_break and count(program.graph, *ATTENTION_LIKE):
         settings = _without_layer_passes(settings, report)

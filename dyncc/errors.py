@@ -175,6 +175,18 @@ class UnsupportedModel(DynccUsageError):
     template = "{what}, which dyncc does not understand; {hint}"
 
 
+class CacheNotServed(DynccUsageError, RuntimeError):
+    """A `dyncc.KVCache` with passes was given to a model that dyncc did not compile, or whose attention it cannot follow."""
+
+    template = "dyncc.KVCache(passes={passes!r}) keeps keys by the attention they receive, {problem}"
+
+
+class BadCachePasses(DynccUsageError):
+    """`dyncc.KVCache(passes=...)` was given passes that are no business of a cache."""
+
+    template = "dyncc.KVCache takes one pass that evicts, not {passes!r}; give the others to torch.compile(options={{'passes': ...}})"
+
+
 class PackageMissing(DynccUsageError, ImportError):
     """Something was asked for that needs a package which is not installed."""
 

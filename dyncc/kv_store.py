@@ -61,9 +61,12 @@ class KVStore:
             keys, values = map(edit, self.view())
             self.buffer, self.length, self.newest = Buffer(keys, values), keys.shape[2], False
 
-    def gather(self, index: Tensor) -> None:
-        """Keep rows `index` [B, G, S] of each head, in that order; the memory of the others is given back."""
-        self.change(lambda rows: rows.gather(2, index.unsqueeze(-1).expand(*index.shape, rows.shape[3])))
+    def gather(self, index: Tensor, room: int = 0) -> None:
+        """Keep rows `index` [B, G, S] of each head, in that order; the memory of the others is given back. `room` is for that many more."""
+        assert self.buffer is not None, "nothing was appended yet"
+        count = index.shape[2]
+        self.buffer = Buffer(*(_gathered(rows, index, count + room) for rows in self.view()))
+        self.length, self.newest = count, True
 
     def __copy__(self) -> KVStore:
         """Another store of the same rows; it moves to its own buffer when it is appended to."""
@@ -81,6 +84,12 @@ class KVStore:
         keys[:, :, : self.length] = buffer.keys[:, :, : self.length]
         values[:, :, : self.length] = buffer.values[:, :, : self.length]
         return Buffer(keys, values)
+
+
+def _gathered(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    new = rows.new_empty(rows.shape[0], rows.shape[1], size, rows.shape[3])
+    new[:, :, : index.shape[2]] = rows.gather(2, index.unsqueeze(-1).expand(*index.shape, rows.shape[3]))
+    return new
 
 
 def _room(like: Tensor, rows: int) -> Tensor:

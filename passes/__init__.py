@@ -10,6 +10,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
     ("prune-tokens", "prune_tokens:PruneTokens"),
     ("select-kv", "select_kv:SelectKV"),
+    ("evict-kv", "evict_kv:EvictKV"),
 )
 """Name and place of every pass, in their default order."""
 

@@ -78,5 +78,67 @@ SINK_WINDOW = Recipe(
     confidence="high",
 )
 
-RECIPES: tuple[Recipe, ...] = (EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW)
+STREAMINGLLM = Recipe(
+    name="streamingllm",
+    pass_name="evict-kv",
+    options={"budget": "2048", "score": "recents", "sinks": "4", "recents": "0", "every": "1"},
+    citation="Xiao et al., Efficient Streaming Language Models with Attention Sinks, ICLR 2024",
+    needs="training-free",
+    note="the first 4 keys and the newest; at their original positions, where the authors count positions in the cache",
+    confidence="high",
+)
+
+H2O = Recipe(
+    name="h2o",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "received", "recents": "512", "every": "1"},
+    citation="Zhang et al., H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, NeurIPS 2023",
+    needs="training-free",
+    note="half heavy hitters by attention received since they were read, half recent; what is dropped never comes back",
+    confidence="high",
+)
+
+A2SF = Recipe(
+    name="a2sf",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "received", "decay": "0.95", "recents": "16"},
+    citation="Jo and Shin, A2SF: Accumulative Attention Scoring with Forgetting Factor for Token Pruning in Transformer Decoder, 2024",
+    needs="training-free",
+    note="attention received, older rows counting less; chosen once, when the prompt ends",
+    confidence="high",
+)
+
+KEYFORMER = Recipe(
+    name="keyformer",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "received", "recents": "307", "temperature": "1.0", "seed": "0", "every": "1"},
+    citation="Adnan et al., Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient Generative Inference, MLSys 2024",
+    needs="training-free",
+    note="as h2o, with seeded Gumbel noise before the softmax; recents are 30 % of the budget; the temperature does not rise",
+    confidence="high",
+)
+
+SNAPKV = Recipe(
+    name="snapkv",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "window", "window": "32", "pool": "7", "recents": "32"},
+    citation="Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, NeurIPS 2024",
+    needs="training-free",
+    note="attention of the prompt's last rows, chosen once, when it ends; one choice a key head, where the authors' code copies heads",
+    confidence="high",
+)
+
+TOVA = Recipe(
+    name="tova",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "window", "window": "1", "recents": "0", "every": "1"},
+    citation="Oren et al., Transformers are Multi-State RNNs, EMNLP 2024",
+    needs="training-free",
+    note="the keys that the last token attends to most; one choice a key head",
+    confidence="medium",
+)
+
+RECIPES: tuple[Recipe, ...] = (
+    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, STREAMINGLLM, H2O, A2SF, KEYFORMER, SNAPKV, TOVA,
+)
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

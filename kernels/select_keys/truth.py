@@ -39,18 +39,21 @@ def key_scores(q: Tensor, k: Tensor, mask: Tensor | None, score: str, share: str
     return found.view(batch, groups, heads // groups, keys).mean(2) if share == "group" else found.mean(1, keepdim=True)
 
 
-def select_keys(score: Tensor, budget: int, visible: Tensor | None = None, sinks: int = 0, recents: int = 0) -> Tensor:
+def select_keys(
+    score: Tensor, budget: int, visible: Tensor | None = None, sinks: int = 0, recents: int = 0, enough: bool = False
+) -> Tensor:
     """Sorted indices [B, C, min(budget, N)] of the best-scored keys, ties to the lower index; no key is taken twice.
 
     Args:
         score: [B, C, N]; visible: [B, 1, N] bool, hidden keys are taken only when no other is left.
         sinks, recents: the first and the last visible keys are taken whatever their scores.
+        enough: N is known to be `budget` at least, so that a symbolic N needs no minimum.
 
     >>> select_keys(torch.tensor([[[1.0, 3.0, 3.0, 2.0, 0.0]]]), 3, recents=1).tolist()
     [[[1, 2, 4]]]
     """
     keys: Any = score.shape[2]
-    count = torch.sym_min(budget, keys) if isinstance(keys, torch.SymInt) else min(budget, keys)
+    count = budget if enough else torch.sym_min(budget, keys) if isinstance(keys, torch.SymInt) else min(budget, keys)
     score = torch.nan_to_num(score.float(), nan=0.0, posinf=1e30, neginf=-1e30)
     if sinks or recents:
         score = score.masked_fill(_forced(score, visible, sinks, recents), torch.inf)
