@@ -91,7 +91,8 @@ class EvictKV(Pass):
                 misses.append(f"attention {region.index}: {refusal}")
         if not done:
             raise Refusal(misses[0] if misses else "the graph has no attention")
-        return PassResult(done, facts.expected, misses=tuple(misses), shortened_outputs=frozenset(shortened))
+        gain = f"the steps that follow hold {self.budget:,} of the prompt's keys a head"
+        return PassResult(done, facts.expected, misses=tuple(misses), shortened_outputs=frozenset(shortened), pays_from=gain)
 
     def _text(self) -> str:
         from dyncc.pipeline import render
@@ -100,12 +101,13 @@ class EvictKV(Pass):
 
     def _serve(self, marks: list[fx.Node], facts: Facts) -> PassResult:
         """Put the keys themselves and their new scores in place of each mark."""
+        readers = {mark: region for region in facts.attention for mark in _behind(region)}
         for number, mark in enumerate(marks):
-            region = next((r for r in facts.attention if mark in _behind(r)), None)
+            region = readers.get(mark)
             if region is None:
                 raise Refusal(f"no attention that dyncc understands reads the keys of cache layer {number}")
             keys, old, _, rows, start = mark.args
-            scores = self._scores(region, old, rows, start)
+            scores = self._scores(region, shape(keys)[1], old, rows, start)
             for user in list(mark.users):
                 user.replace_all_uses_with(keys if user.args[1] == 0 else scores)
                 user.graph.erase_node(user)
@@ -122,18 +124,18 @@ class EvictKV(Pass):
         if isinstance(rows, int) and rows == 1:
             raise Refusal("it has one query row; evict-kv acts on prompts, and in decoding steps with dyncc.KVCache(passes=...)")
         out = output_node(program.graph)
-        kept = emit(out, self.choose, self._scores(region, None, None, 0))
+        kept = emit(out, self.choose, self._scores(region, shape(returned[held[0]])[1], None, None, 0))
         for i in held:
             returned[i] = emit(out, lambda x, at: x.gather(2, at.unsqueeze(-1).expand(*at.shape, x.shape[3])), returned[i], kept)
         out.args = (tuple(returned),)
         return set(held)
 
-    def _scores(self, region: AttentionRegion, old: fx.Node | None, rows: Any, start: Any) -> fx.Node:
+    def _scores(self, region: AttentionRegion, groups: Any, old: fx.Node | None, rows: Any, start: Any) -> fx.Node:
         """What each key [B, G, N] has earned after this call."""
         mask = region.mask
         if mask is not None and (len(shape(mask)) != 4 or shape(mask)[1] != 1):
             raise Refusal(f"its mask is {list(shape(mask))}; one mask for all heads, [batch, 1, rows, keys], can be followed")
-        return self._fused(region, old, rows, start) if region.fused else self._spelled(region, old)
+        return self._fused(region, old, rows, start) if region.fused else self._spelled(region, groups, old)
 
     def _fused(self, region: AttentionRegion, old: fx.Node | None, rows: Any, start: Any) -> fx.Node:
         q, k = region.q, repeated(region.k) or region.k
@@ -156,13 +158,12 @@ class EvictKV(Pass):
 
         return _emit(region.out, compute, q, k, region.mask, old, start)
 
-    def _spelled(self, region: AttentionRegion, old: fx.Node | None) -> fx.Node:
+    def _spelled(self, region: AttentionRegion, groups: Any, old: fx.Node | None) -> fx.Node:
         """Its probabilities stand in the graph."""
         if self.seed >= 0 or self.temperature != 1.0:
             raise Refusal("noise and temperature act before the softmax, which is spelled out; load it with attn_implementation='sdpa'")
         if region.mask is not None and not val(region.mask).is_floating_point():
             raise Refusal("its mask is boolean and may mean either; load the model with attn_implementation='sdpa'")
-        groups = shape(repeated(region.k) or region.k)[1]
 
         def compute(probabilities: Any, mask: Any, old: Any) -> Any:
             batch, _, rows, _ = probabilities.shape

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dyncc.kernels.attention_rows import attention_rows
 from dyncc.kernels.select_keys import select_keys
@@ -102,7 +101,8 @@ def row_weights(mask: Tensor | None, batch: int, rows: Any, decay: float, device
     weights = (decay**age if decay != 1.0 else torch.ones_like(age)).expand(batch, rows)
     if mask is None:
         return weights
-    own = mask[:, 0].diagonal(mask.shape[3] - rows, 1, 2)
+    at = torch.arange(rows, device=mask.device) + (mask.shape[3] - rows)
+    own = mask[:, 0].gather(2, at.expand(mask.shape[0], rows).unsqueeze(2)).squeeze(2)
     seen = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
     return weights * seen
 
@@ -125,5 +125,16 @@ def keep_keys(scores: Tensor, budget: int, sinks: int, recents: int, pool: int =
         enough: N is known to be `budget` at least.
     """
     visible = scores[:, :1] >= 0
-    smooth = F.max_pool1d(scores, pool, 1, pool // 2) if pool > 1 else scores
-    return select_keys(smooth, budget, visible, sinks, recents, enough)
+    return select_keys(_pooled(scores, pool), budget, visible, sinks, recents, enough)
+
+
+def _pooled(scores: Tensor, pool: int) -> Tensor:
+    """The largest of each score and its pool // 2 neighbours on either side (max_pool1d, for sizes that may be symbolic)."""
+    if pool == 1:
+        return scores
+    edge = scores.new_full((scores.shape[0], scores.shape[1], pool // 2), HIDDEN)
+    wide = torch.cat([edge, scores, edge], dim=2)
+    found = scores
+    for shift in range(pool):
+        found = torch.maximum(found, wide.narrow(2, shift, scores.shape[2]))
+    return found
