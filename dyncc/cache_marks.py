@@ -1,31 +1,36 @@
-"""Steps over a `dyncc.KVCache(passes=...)`: the cache's own pass runs first, whatever the pipeline, and cannot be left out."""
+"""Steps over a `dyncc.KVCache(passes=...)`: its marks in the graph ask for passes, whatever the pipeline says."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from dyncc.errors import CacheNotServed
 from dyncc.ir import Program, argument, op_name
-from dyncc.pipeline import build
+from dyncc.pipeline import build, render
 from dyncc.report import Report, Rewrite
 from dyncc.rewrite import Context, apply_pass
+from dyncc.settings import Settings
 
 
-def serve_caches(program: Program, report: Report) -> Program:
-    """The program with every mark of a cache replaced by what the cache wants to know.
+def serve_caches(program: Program, settings: Settings, report: Report) -> tuple[Program, Settings]:
+    """The program with the scores that caches want computed beside its attention (always: they drop keys by them), and the settings with
+    the passes that select keys in front.
 
     Raises:
         CacheNotServed: an attention cannot be followed; the cache would drop keys blindly.
     """
-    for text in dict.fromkeys(argument(n, "policy") for n in program.graph.nodes if op_name(n) == "watched"):
+    for text in _policies(program, "watched"):
         passed = build(text)[0]
         applied = apply_pass(program, passed, Context())
         if not applied.applied:
             raise CacheNotServed(passes=text, problem=f"and that cannot be followed here: {applied.reason}")
-        report.rewrites.append(_record(passed, text, applied.result))
+        found, expected = applied.result.found, applied.result.expected
+        report.rewrites.append(Rewrite(passed.name, text, True, "the cache drops keys by the scores", passed.exact, found, expected))
         program = applied.program
-    return program
+    known = {render([passed]) for passed in settings.passes}
+    wanted = [build(text)[0] for text in _policies(program, "partly_read") if text not in known]
+    return program, replace(settings, passes=(*wanted, *settings.passes))
 
 
-def _record(passed: Any, text: str, result: Any) -> Rewrite:
-    return Rewrite(passed.name, text, True, "the cache drops keys by it", passed.exact, result.found, result.expected, ())
+def _policies(program: Program, mark: str) -> list[str]:
+    return list(dict.fromkeys(str(argument(n, "policy")) for n in program.graph.nodes if op_name(n) == mark))

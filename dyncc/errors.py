@@ -178,13 +178,13 @@ class UnsupportedModel(DynccUsageError):
 class CacheNotServed(DynccUsageError, RuntimeError):
     """A `dyncc.KVCache` with passes was given to a model that dyncc did not compile, or whose attention it cannot follow."""
 
-    template = "dyncc.KVCache(passes={passes!r}) keeps keys by the attention they receive, {problem}"
+    template = "dyncc.KVCache({passes!r}) chooses keys by attention, {problem}"
 
 
 class BadCachePasses(DynccUsageError):
     """`dyncc.KVCache(passes=...)` was given passes that are no business of a cache."""
 
-    template = "dyncc.KVCache takes one pass that evicts, not {passes!r}; give the others to torch.compile(options={{'passes': ...}})"
+    template = "dyncc.KVCache {problem}, not {passes!r}; give other passes to torch.compile(options={{'passes': ...}})"
 
 
 class PackageMissing(DynccUsageError, ImportError):

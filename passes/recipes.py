@@ -138,7 +138,27 @@ TOVA = Recipe(
     confidence="medium",
 )
 
+QUEST = Recipe(
+    name="quest",
+    pass_name="select-kv",
+    options={"budget": "1024", "score": "bound", "share": "head", "page": "16", "sinks": "0", "recents": "1", "dense": "2"},
+    citation="Tang et al., Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, ICML 2024",
+    needs="training-free",
+    note="pages of 16 keys by what q.k cannot exceed in them; the first 2 layers read all; dyncc.KVCache keeps the bounds of pages",
+    confidence="high",
+)
+
+TIDALDECODE = Recipe(
+    name="tidaldecode",
+    pass_name="select-kv",
+    options={"budget": "256", "score": "logits", "share": "head", "sinks": "0", "recents": "0", "dense": "2", "layers": "2,9", "full": "true"},
+    citation="Yang et al., TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention, ICLR 2025",
+    needs="training-free",
+    note="layers 0 and 1 read all; layer 2 and the correction layer 9 read all and choose for those behind them",
+    confidence="high",
+)
+
 RECIPES: tuple[Recipe, ...] = (
-    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, STREAMINGLLM, H2O, A2SF, KEYFORMER, SNAPKV, TOVA,
+    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, TIDALDECODE, STREAMINGLLM, H2O, A2SF, KEYFORMER, SNAPKV, TOVA,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

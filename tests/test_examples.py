@@ -10,6 +10,9 @@ import pytest
 import torch
 from test_onnx import decoder
 
+import dyncc
+from dyncc.decoding import Prefill
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RUN_HERE = {"encoder_pruning", "generate_smollm2", "onnx_generate", "vit_random"}
 
@@ -62,3 +65,22 @@ def test_onnx_generate_on_the_real_model() -> None:
     model, tokenizer = load_smollm2()
     prompt = tokenizer("The ocean is", return_tensors="pt")["input_ids"]
     assert found == model.generate(prompt, max_new_tokens=64, do_sample=False)[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.full
+def test_a_pruned_prompt_of_the_real_model_exports_and_matches(tmp_path: Path) -> None:
+    """PromptDistill: layers behind 14 read 64 of 192 rows; keys of all layers are returned."""
+    from torch.export import Dim
+
+    from dyncc.models import english_tokens, load_smollm2
+
+    model, tokenizer = load_smollm2()
+    ids = english_tokens(tokenizer)[:192][None]
+    sizes = ({1: (length := Dim("length", min=2, max=8192))}, {1: length})
+    passes = "simplify-mask promptdistill{layers=14 keep=64} slice-last-token drop-repeat-kv"
+    call = (ids, torch.ones_like(ids))
+    made = dyncc.optimize(Prefill(model, keys=True), call, passes=passes, engine="reference", dynamic_shapes=sizes)
+    assert [r.applied for r in made.report.rewrites if r.name in ("prune-tokens", "slice-last-token")] == [True, True]
+    written = made.export_onnx(tmp_path / "prompt.onnx")
+    assert len({row.sizes for row in written.parity}) == 3 and len(written.parity) == 3 * 61
+    assert all(row.holds for row in written.parity), [str(row) for row in written.parity if not row.holds]

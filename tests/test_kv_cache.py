@@ -73,10 +73,10 @@ def test_appending_writes_in_place_until_the_buffer_is_full() -> None:
     store = KVStore()
     store.append(*rows(ROOM // 2))
     first = store.buffer
-    store.append(*rows(ROOM // 2))
-    assert store.buffer is first and first is not None
+    store.append(*rows(ROOM))
+    assert store.buffer is first and first is not None and first.keys.shape[2] == ROOM // 2 + ROOM
     store.append(*rows(1))
-    assert store.buffer is not first and store.buffer is not None and store.buffer.keys.shape[2] == 2 * (ROOM + 1)
+    assert store.buffer is not first and store.buffer is not None and store.buffer.keys.shape[2] == ROOM // 2 + 2 * ROOM + 1
 
 
 def test_the_second_continuation_of_one_past_moves_to_its_own_buffer() -> None:
@@ -112,12 +112,13 @@ def test_generate_gives_the_tokens_of_the_growing_cache(how: dict[str, Any], pad
     assert torch.equal(model.generate(**options, past_key_values=dyncc.KVCache()), expected)
 
 
-def test_a_long_generation_outgrows_its_buffers() -> None:
-    model, given = tiny_llama(), prompt(1, ROOM - 4)
+def test_a_long_generation_outgrows_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dyncc.kv_store.ROOM", 2)
+    model, given = tiny_llama(), prompt(1, 9)
     expected = model.generate(**given, max_new_tokens=8, do_sample=False)
     cache = dyncc.KVCache()
     assert torch.equal(model.generate(**given, max_new_tokens=8, do_sample=False, past_key_values=cache), expected)
-    assert cache.get_seq_length() == ROOM + 3
+    assert cache.get_seq_length() == 16 and cache.layers[0].store.buffer.keys.shape[2] == 20  # moved twice
 
 
 def _logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -24,7 +24,9 @@ import dyncc
 from dyncc.decoding import Decode, Prefill
 from dyncc.errors import BadOptionValue
 from dyncc.ir import op_name, shape
-from dyncc.kernels.select_keys import attend_selected, key_scores, select_keys
+from dyncc.kernels.select_keys import attend_selected, key_scores, page_bounds, page_scores, select_keys
+from dyncc.kv_pages import PageBounds
+from dyncc.options import Layers
 from dyncc.passes.select_kv import SelectKV
 
 SHARES = ("layer", "group", "head")
@@ -120,12 +122,18 @@ class MaskedForm:
         seen = torch.ones(q.shape[0], 1, 1, k.shape[2], dtype=torch.bool) if attn_mask is None else attn_mask
         call, self.calls = self.calls, self.calls + 1
         if call >= self.passed.dense:
-            if self.chosen is None or (call - self.passed.dense) % (self.passed.reuse + 1) == 0:
+            due = (call - self.passed.dense) % (self.passed.reuse + 1) == 0
+            if self.passed.layers is not None:
+                due = call in self.passed.layers.places
+            if chooses := self.chosen is None or due:
                 self.chosen = self.choose(q, k, seen)
-            seen = seen & torch.from_numpy(self.chosen)[:, :, None]
+            if not (chooses and self.passed.full):
+                seen = seen & torch.from_numpy(self.chosen)[:, :, None]
         return self.plain(q, k, v, attn_mask=seen, scale=more.get("scale")).reshape(*packed[:3], v.shape[3])
 
     def choose(self, q: Tensor, k: Tensor, seen: Tensor) -> np.ndarray:
+        if self.passed.score == "bound":
+            return self.choose_pages(q, k, seen)
         logits = (q @ k.transpose(2, 3))[:, :, 0] * q.shape[-1] ** -0.5
         score = logits if self.passed.score == "logits" else torch.softmax(logits.masked_fill(~seen[:, :, 0], -torch.inf), -1)
         if self.passed.score == "recents":
@@ -137,6 +145,26 @@ class MaskedForm:
             visible = seen[row, 0, 0].numpy()
             picked = reference(shared[row, head], visible, self.passed.budget, self.passed.sinks, self.passed.recents)
             chosen[row, head, picked] = True
+        return chosen
+
+
+    def choose_pages(self, q: Tensor, k: Tensor, seen: Tensor) -> np.ndarray:
+        """Each head's pages, by loops."""
+        page, keys = self.passed.page, k.shape[2]
+        starts = range(0, keys, page)
+        sinks = len([s for s in starts if s < self.passed.sinks])
+        recents = (self.passed.recents + page - 2) // page + 1 if self.passed.recents else 0
+        chosen = np.zeros(q.shape[:2] + (keys,), dtype=bool)
+        for row, head in np.ndindex(*q.shape[:2]):
+            visible = seen[row, 0, 0].numpy()
+            score = np.zeros(len(starts))
+            for number, start in enumerate(starts):
+                real = [j for j in range(start, min(start + page, keys)) if visible[j]]
+                held, one = k[row, head, real].numpy(), q[row, head, 0].numpy()
+                score[number] = np.maximum(one * held.min(0), one * held.max(0)).sum() if real else 0.0
+            shown = np.array([visible[s : s + page].any() for s in starts])
+            for number in reference(score, shown, self.passed.budget // page, sinks, recents):
+                chosen[row, head, number * page : (number + 1) * page] = True
         return chosen
 
 
@@ -154,6 +182,40 @@ def close(a: Any, b: Any) -> None:
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("page", "sinks", "recents"), [(1, 2, 2), (4, 0, 1), (4, 3, 6)])
+def test_pages_equal_their_masked_form(page: int, sinks: int, recents: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, passed = step(24), SelectKV(budget=16, score="bound", share="head", page=page, sinks=sinks, recents=recents)
+    made = optimized(call, f"select-kv{{budget=16 score=bound share=head page={page} sinks={sinks} recents={recents}}}", STEP_SIZES)
+    rewrite = made.report.rewrites[0]
+    assert rewrite.applied and (rewrite.found, rewrite.expected) == (LAYERS, LAYERS), rewrite.reason
+    for keys in (24, 27, 31, 9):  # the last page is ragged for some
+        call = step(keys)
+        close(made(*call), masked_form(passed, Decode(decoder()), call, monkeypatch))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))
+def test_bounds_of_pages_bound_and_are_kept_up_to_date(keys: int, page: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 4, 1, 8, generator=generator), torch.randn(2, 2, keys, 8, generator=generator)
+    low, high = page_bounds(k, page)
+    score = page_scores(q, low, high, "head")
+    logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3))[:, :, 0]
+    for number in range(low.shape[2]):
+        inside = slice(number * page, (number + 1) * page)
+        assert (score[:, :, number] >= logits[:, :, inside].amax(2) - 1e-5).all()
+    if page == 1:
+        torch.testing.assert_close(score, logits)
+    mixed = torch.cat([part[:, :, torch.randperm(part.shape[2], generator=generator)] for part in k.split(page, 2)], 2)
+    assert all(torch.equal(a, b) for a, b in zip(page_bounds(mixed, page), (low, high), strict=True))
+    kept, start = PageBounds(page), max(1, keys // 2)
+    kept.append(k[:, :, :start], start, start + 3)
+    for end in range(start + 1, keys + 1):
+        found = kept.append(k[:, :, :end], 1, end + 3)
+    if keys > start:
+        assert torch.equal(found[0], low) and torch.equal(found[1], high)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -174,6 +236,7 @@ def test_a_choice_that_is_reused_and_layers_that_see_all(monkeypatch: pytest.Mon
         ("reuse=1", SelectKV(8, reuse=1, sinks=1, recents=1), 1),
         ("dense=1", SelectKV(8, dense=1, sinks=1, recents=1), 1),
         ("reuse=0", SelectKV(8, sinks=1, recents=1), 2),
+        ("layers=0 full=true", SelectKV(8, sinks=1, recents=1, layers=Layers("0"), full=True), 1),
     ):
         made = optimized(call, f"select-kv{{budget=8 sinks=1 recents=1 {text}}}")
         assert [op_name(n) for n in made._outcome.program.graph.nodes].count("topk") == choices
@@ -236,6 +299,8 @@ def test_refusals_say_why() -> None:
     assert "it is spelled out; load the model with attn_implementation='sdpa'" in eager.report.rewrites[0].reason
     none = dyncc.optimize(Decode(decoder()), step(24), passes="select-kv{dense=2}", engine="reference")
     assert none.report.rewrites[0].reason == "dense=2 leaves none of the 2 attentions"
+    whole = dyncc.optimize(Decode(decoder()), step(24), passes="select-kv{full=true}", engine="reference")
+    assert whole.report.rewrites[0].reason == "every attention chooses and sees all keys; give reuse= or layers="
 
 
 @pytest.mark.parametrize(
@@ -244,6 +309,7 @@ def test_refusals_say_why() -> None:
         ("budget=0", "1 is the least"),
         ("sinks=-1", "0 is the least"),
         ("budget=10 recents=9 sinks=4", "must hold the 4 sinks and 9 recents"),
+        ("score=bound budget=40 page=16 sinks=4 recents=17", "must hold the 1 first and 2 last pages of 16 keys"),
     ],
 )
 def test_options_that_do_not_fit_are_told(text: str, words: str) -> None:

@@ -1,5 +1,10 @@
-"""Choosing keys for one query row: scores, the best as sorted indices, and attention over them alone."""
+"""Choosing keys for one query row: scores of keys or of pages, the best as sorted indices, and attention over them alone."""
 
-from dyncc.kernels.select_keys.truth import attend_selected, key_scores, select_keys, visible_keys
+from dyncc.kernels.select_keys.op import PARTLY_READ
+from dyncc.kernels.select_keys.pages import page_bounds, page_keys, page_scores, visible_pages
+from dyncc.kernels.select_keys.truth import attend_selected, key_scores, select_keys, shared_scores, visible_keys
 
-__all__ = ["attend_selected", "key_scores", "select_keys", "visible_keys"]
+__all__ = [
+    "PARTLY_READ", "attend_selected", "key_scores", "page_bounds", "page_keys", "page_scores", "select_keys", "shared_scores",
+    "visible_keys", "visible_pages",
+]

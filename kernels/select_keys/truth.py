@@ -34,9 +34,15 @@ def key_scores(q: Tensor, k: Tensor, mask: Tensor | None, score: str, share: str
     if score == "vote":
         hidden = found if mask is None else found.masked_fill(~visible_keys(mask), -torch.inf)
         found = torch.softmax(hidden, -1)
+    return shared_scores(found, groups, share)
+
+
+def shared_scores(score: Tensor, groups: int, share: str) -> Tensor:
+    """Scores [B, H, N] of heads as [B, C, N]: their own ("head"), their group's mean ("group"), or the mean of all ("layer")."""
     if share == "head":
-        return found
-    return found.view(batch, groups, heads // groups, keys).mean(2) if share == "group" else found.mean(1, keepdim=True)
+        return score
+    batch, heads, keys = score.shape
+    return score.view(batch, groups, heads // groups, keys).mean(2) if share == "group" else score.mean(1, keepdim=True)
 
 
 def select_keys(
@@ -76,8 +82,16 @@ def _forced(score: Tensor, visible: Tensor | None, sinks: int, recents: int) -> 
     return (rank <= sinks) | (rank > rank[:, :, -1:] - recents)
 
 
-def attend_selected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor, scale: float | None = None) -> Tensor:
-    """Attention [B, H, 1, Dv] of q [B, H, 1, D] over the keys `index` [B, C, S] alone; heads that chose together share gathered keys."""
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor, scale: float | None = None, ragged: bool = False
+) -> Tensor:
+    """Attention [B, H, 1, Dv] of q [B, H, 1, D] over the keys `index` [B, C, S] alone; heads that chose together share gathered keys.
+
+    With `ragged`, places behind the last key are no keys (a last page that is not full).
+    """
+    inside = None
+    if ragged:
+        inside, index = index < k.shape[2], index.clamp(max=k.shape[2] - 1)
     batch, heads, _, width = q.shape
     groups, choices, count = k.shape[1], index.shape[1], index.shape[2]
     apart = choices == heads and groups != heads
@@ -86,9 +100,12 @@ def attend_selected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index:
     if apart:
         picked_k, picked_v = (t.reshape(batch, heads, count, t.shape[3]) for t in (picked_k, picked_v))
     folded = q if apart else q.reshape(batch, groups, heads // groups, width)
-    seen = None
+    seen = None if inside is None else inside.unsqueeze(2).expand(batch, choices, folded.shape[2], count)
     if mask is not None:
         wide = mask[:, :, 0].expand(batch, 1, mask.shape[3]).expand(batch, choices, mask.shape[3])
-        seen = wide.gather(2, index).unsqueeze(2).expand(batch, choices, folded.shape[2], count)
+        picked = wide.gather(2, index)
+        if inside is not None:
+            picked = picked & inside if mask.dtype == torch.bool else picked.masked_fill(~inside, -torch.inf)
+        seen = picked.unsqueeze(2).expand(batch, choices, folded.shape[2], count)
     out = torch.ops.aten.scaled_dot_product_attention.default(folded, picked_k, picked_v, seen, 0.0, False, scale=scale)
     return out.reshape(batch, heads, 1, v.shape[3])

@@ -1,0 +1,215 @@
+"""One layer of a `dyncc.KVCache`: keys and values that grow in place, and what its passes want to know about them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyncc.errors import CacheNotServed, PackageMissing
+from dyncc.kv_pages import PageBounds
+from dyncc.kv_store import ROOM, KVStore
+
+try:
+    from transformers.cache_utils import DynamicLayer
+except ImportError as error:
+    raise PackageMissing(package="transformers", purpose="for dyncc.KVCache") from error
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values in a `KVStore`. `keys` and `values` are views of what is held."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.store = KVStore()
+        super().__init__(**kwargs)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, G, T, D], or None while nothing was written."""
+        return self.store.view()[0] if self.store.buffer is not None else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._set(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, G, T, D], or None while nothing was written."""
+        return self.store.view()[1] if self.store.buffer is not None else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._set(value)
+
+    def _set(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise AttributeError("keys and values of a dyncc.KVCache are changed together; use layer.change")
+
+    def __copy__(self) -> GrowingLayer:
+        twin = GrowingLayer()
+        twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store)}
+        return twin
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, G, T, D]; returns all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.store.append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.store.length
+
+    def reset(self) -> None:
+        self.store = KVStore()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, such as {-tokens_to_remove}")
+        self.store.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.change(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.change(lambda rows: rows[indices, ...])
+
+    def offload(self) -> None:
+        self.change(lambda rows: rows.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.change(lambda rows: rows.to(self.device, non_blocking=True))
+
+    def change(self, edit: Callable[[Tensor], Tensor]) -> None:
+        """Put `edit(x)` in place of everything held: another batch, another device."""
+        self.store.change(edit)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the passes of a cache do: `evict` drops keys, `select` reads a part of them in a step; either may be None. With their texts."""
+
+    evict: Any
+    select: Any
+    evict_text: str = ""
+    select_text: str = ""
+
+
+class PolicyLayer(GrowingLayer):
+    """A layer that drops keys or marks them for selection. `keys` holds what is left; lengths and positions go on counting every token
+    that was read.
+
+    `scores` [B, G, T] says what each key held has earned, and is -1 for pads, which go first: rows stay in order, so a mask over the last
+    T tokens of the text hides exactly the pads that are left (pads stand on the left).
+    """
+
+    def __init__(self, policy: Policy, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.policy = policy
+        self.scores: Tensor | None = None
+        self.seen = 0
+        self.prompted = False
+        self.bounds = PageBounds(policy.select.page) if policy.select is not None and policy.select.score == "bound" else None
+
+    def __copy__(self) -> PolicyLayer:
+        twin = PolicyLayer(self.policy)
+        bounds = self.bounds.copy() if self.bounds is not None else None
+        twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store), "bounds": bounds}
+        return twin
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Drop what is due, append [B, G, T, D], and mark the keys for the passes that dyncc runs on the compiled model."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows: int = key_states.shape[2]
+        if self._due(rows):
+            self._drop(rows)
+        start, self.seen, self.prompted = self.seen, self.seen + rows, rows > 1
+        keys, values = self.store.append(key_states, value_states)
+        if self.policy.evict is not None:
+            keys = self._watched(keys, rows, start)
+        if self.policy.select is not None:
+            keys = self._partly_read(keys, rows)
+        return keys, values
+
+    def _due(self, rows: int) -> bool:
+        """Whether keys are dropped before the next `rows` tokens are read: in steps only, so that a prompt may come in chunks."""
+        evict, held = self.policy.evict, self.store.length
+        if evict is None or rows != 1:
+            return False
+        return bool(held >= evict.budget + evict.every if evict.every else self.prompted and held > evict.budget)
+
+    def _drop(self, rows: int) -> None:
+        assert self.scores is not None, "keys are dropped after a prompt, which scored them"
+        evict = self.policy.evict
+        index = evict.choose(self.scores, enough=True)
+        self.store.gather(index, room=(evict.every or ROOM) + rows)
+        self.scores = self.scores.gather(2, index)
+        if self.bounds is not None:
+            self.bounds.forget()
+
+    def _watched(self, keys: Tensor, rows: int, start: int) -> Tensor:
+        """The keys, through the op in whose place `evict-kv` puts their new scores."""
+        if rows == 1 and not self.policy.evict.every:
+            self.scores = None
+            return keys
+        batch, groups, held, _ = keys.shape
+        old = self.scores if self.scores is not None else keys.new_zeros((batch, groups, held - rows), dtype=torch.float32)
+        grown = torch.cat([old, keys.new_zeros((batch, groups, rows), dtype=torch.float32)], dim=2)
+        keys, self.scores = torch.ops.dyncc.watched(keys, grown, self.policy.evict_text, rows, start)
+        return keys
+
+    def _partly_read(self, keys: Tensor, rows: int) -> Tensor:
+        """The keys, through the op by which `select-kv` knows them; prompts read all of them."""
+        if not torch.compiler.is_compiling():
+            raise CacheNotServed(passes=self.policy.select_text, problem=ONLY_COMPILED)
+        if rows != 1:
+            return keys
+        assert self.store.buffer is not None
+        low, high = self.bounds.append(keys, rows, self.store.buffer.keys.shape[2]) if self.bounds is not None else (None, None)
+        marked: Tensor = torch.ops.dyncc.partly_read(keys, low, high, self.policy.select_text)
+        return marked
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = self.policy.evict.budget if self._due(query_length) else self.store.length
+        return held + query_length, self.seen - held
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def reset(self) -> None:
+        super().reset()
+        self.scores, self.seen, self.prompted = None, 0, False
+        if self.bounds is not None:
+            self.bounds.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove < 0 and self.seen != self.store.length:
+            raise ValueError("this cache has dropped keys, so it cannot go back; keep a copy.copy of it from before")
+        super().crop(tokens_to_remove)
+        self.seen = self.store.length
+        if self.scores is not None:
+            self.scores = self.scores[:, :, : self.seen]
+        if self.bounds is not None:
+            self.bounds.forget()
+
+    def change(self, edit: Callable[[Tensor], Tensor]) -> None:
+        super().change(edit)
+        self.scores = edit(self.scores) if self.scores is not None else None
+        if self.bounds is not None:
+            self.bounds.forget()
+
+
+ONLY_COMPILED = 'which is done in a model that dyncc compiled only; call model.compile(backend="dyncc")'

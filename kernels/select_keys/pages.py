@@ -1,0 +1,58 @@
+"""Pages of keys: bounds of each, scores of pages for one query row, and the keys of chosen pages (Quest, Tang et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyncc.kernels.select_keys.truth import shared_scores
+
+
+def page_bounds(k: Tensor, page: int, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each channel in each page of `page` keys, [B, G, ceil(N / page), D] twice.
+
+    Args:
+        k: [B, G, N, D]; visible: [B, 1, N] bool, hidden keys do not count (a page of hidden keys alone has bounds +inf and -inf).
+    """
+    batch, groups, keys, width = k.shape
+    at, pages = _places(keys, page, k.device)
+    low = high = k
+    if visible is not None:
+        shown = visible.unsqueeze(-1)
+        low, high = torch.where(shown, k, torch.inf), torch.where(shown, k, -torch.inf)
+    paged = (side.index_select(2, at).view(batch, groups, pages, page, width) for side in (low, high))
+    return next(paged).amin(3), next(paged).amax(3)
+
+
+def _places(keys: Any, page: int, device: torch.device) -> tuple[Tensor, Any]:
+    """The keys of all pages in a row; a ragged last page is filled up with the last key, which changes no bound. And how many pages."""
+    pages = (keys + page - 1) // page
+    return torch.arange(pages * page, device=device).clamp(max=keys - 1), pages
+
+
+def page_scores(q: Tensor, low: Tensor, high: Tensor, share: str) -> Tensor:
+    """An upper bound of q.k over each page's keys, [B, C, pages]: the sum over channels of max(q low, q high).
+
+    Args:
+        q: [B, H, 1, D]; low, high: [B, G, pages, D] with H a multiple of G; share: as `key_scores` takes it.
+    """
+    batch, heads, _, width = q.shape
+    groups, pages = low.shape[1], low.shape[2]
+    rows = q.reshape(batch, groups, heads // groups, width)
+    least, most = low.nan_to_num(posinf=0.0), high.nan_to_num(neginf=0.0)
+    bound = rows.clamp(min=0) @ most.transpose(2, 3) + rows.clamp(max=0) @ least.transpose(2, 3)
+    return shared_scores(bound.reshape(batch, heads, pages).float(), groups, share)
+
+
+def visible_pages(visible: Tensor, page: int) -> Tensor:
+    """Pages [B, 1, ceil(N / page)] with any visible key, of visible [B, 1, N] bool."""
+    at, pages = _places(visible.shape[2], page, visible.device)
+    return visible.index_select(2, at).view(visible.shape[0], 1, pages, page).any(3)
+
+
+def page_keys(pages: Tensor, page: int) -> Tensor:
+    """The keys of pages [B, C, S], in order: [B, C, S * page]. Those of a ragged last page may lie behind the last key."""
+    at = pages.unsqueeze(-1) * page + torch.arange(page, device=pages.device)
+    return at.flatten(2)
