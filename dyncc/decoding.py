@@ -39,9 +39,18 @@ class Decode(nn.Module):
         self.keys = keys
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, *past: Tensor) -> tuple[Tensor, ...]:
-        cache = grow_from(past)
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+        return self._step(past, input_ids=input_ids, attention_mask=attention_mask)
+
+    def _step(self, past: Sequence[Tensor], **given: Any) -> tuple[Tensor, ...]:
+        out = self.model(**given, past_key_values=grow_from(past), logits_to_keep=1)
         return (out.logits, *flatten_cache(out.past_key_values)) if self.keys else (out.logits,)
+
+
+class EvictedDecode(Decode):
+    """`Decode` after a past from which keys were dropped: the token's own position [B, 1] is given, the mask is one of the keys held."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self._step(past, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
 
 class StaticDecode(nn.Module):

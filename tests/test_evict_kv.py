@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import dyncc
-from dyncc.decoding import Prefill
+from dyncc.decoding import EvictedDecode, Prefill
 from dyncc.errors import BadCachePasses, BadOptionValue, CacheNotServed
 from dyncc.kernels.evict_keys import column_sums, hide_pads, keep_keys, row_weights, window_sums
+from dyncc.kernels.select_keys import page_bounds
 from dyncc.passes.evict_kv import EvictKV
 from dyncc.pipeline import build
 
@@ -162,6 +163,36 @@ def test_generation_holds_the_budget(recipe: str) -> None:
     assert cache.bytes == sum(2 * 4 * layer.keys.numel() for layer in cache.layers)
 
 
+@pytest.mark.parametrize("passes", ["quest{budget=16 page=4 dense=0}", "snapkv{budget=24 window=4 recents=4} quest{budget=16 page=4 dense=0}"])
+def test_steps_that_select_read_the_bounds_that_the_cache_keeps(passes: str) -> None:
+    model, given = tiny_llama(), prompt(2, 60, pads=3)
+    before = len(dyncc.reports())
+    model.compile(backend="dyncc", options={"engine": "reference"})
+    cache = dyncc.KVCache(passes)
+    model.generate(**given, max_new_tokens=40, do_sample=False, past_key_values=cache)
+    reports = dyncc.reports()[before:]
+    assert len(reports) <= 3 and not any(r.fallback for r in reports)
+    for report in reports[1:]:
+        chosen = next(r for r in report.rewrites if r.name == "select-kv")
+        assert chosen.applied and (chosen.found, chosen.expected) == (LAYERS, LAYERS)
+    held = 63 if "snapkv" in passes else 99
+    for layer in cache.layers:
+        assert layer.store.length == held and layer.get_seq_length() == 99
+        low, high = page_bounds(layer.keys, 4)
+        assert torch.equal(layer.bounds.low[:, :, : low.shape[2]], low) and torch.equal(layer.bounds.high[:, :, : low.shape[2]], high)
+
+
+def test_branches_of_a_cache_with_bounds_do_not_loosen_each_others() -> None:
+    run, ids = compiled(tiny_llama()), prompt(1, 21)["input_ids"]
+    cache = dyncc.KVCache("quest{budget=8 page=4 dense=0}")
+    for step in (ids, ids[:, :1], ids[:, 1:2]):
+        read(run, cache, step)
+    other = copy.copy(cache)
+    then = other.layers[0].bounds.high.clone()
+    read(run, cache, ids[:, 5:6])
+    assert torch.equal(other.layers[0].bounds.high, then)
+
+
 def drawn(rows: int = 11, keys: int = 11) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys, and a mask with three pads in the first of two rows."""
     generator = torch.Generator().manual_seed(0)
@@ -287,9 +318,13 @@ def test_mistakes_are_told() -> None:
     ids = prompt(1, 20)["input_ids"]
     with pytest.raises(CacheNotServed, match=r'compiled only; call model.compile\(backend="dyncc"\)'):
         read(tiny_llama(), dyncc.KVCache("snapkv"), ids)
-    for passes in ("select-kv", "snapkv h2o", ""):
-        with pytest.raises(BadCachePasses, match="takes one pass that evicts"):
+    with pytest.raises(CacheNotServed, match=r'compiled only; call model.compile\(backend="dyncc"\)'):
+        read(tiny_llama(), dyncc.KVCache("quest"), ids)
+    for passes in ("prune-tokens", "snapkv h2o", ""):
+        with pytest.raises(BadCachePasses, match="takes one pass that evicts, one that selects"):
             dyncc.KVCache(passes)
+    with pytest.raises(BadCachePasses, match="take a policy that evicts once"):
+        dyncc.KVCache("h2o quest")
     with torch.enable_grad(), pytest.raises(CacheNotServed, match="gradients are on"):
         read(compiled(tiny_llama()), dyncc.KVCache("snapkv"), ids)
     run, cache = compiled(tiny_llama()), dyncc.KVCache("snapkv{budget=8 recents=2 window=2}")
@@ -349,6 +384,34 @@ def test_a_prompt_that_evicts_exports_to_onnx(tmp_path: Path) -> None:
     made, _, _ = prefilled(passes="snapkv{budget=12 window=4 recents=4 pool=3} drop-repeat-kv")
     written = made.export_onnx(tmp_path / "prompt.onnx")
     assert len({row.sizes for row in written.parity}) == 3 and all(row.holds for row in written.parity)
+
+
+def test_a_prompt_that_evicts_and_a_step_that_selects_go_on_in_onnx(tmp_path: Path) -> None:
+    """SnapKV's keys from one file, Quest's step in another, against the same two in one `dyncc.KVCache`."""
+    import onnxruntime as ort
+    from torch.export import Dim
+
+    made, _, (ids, mask) = prefilled(passes="snapkv{budget=12 window=4 recents=4 pool=3} drop-repeat-kv")
+    first = made(ids, mask)
+    ids, mask, past = ids[1:], torch.ones(1, 13, dtype=torch.long), [t[1:] for t in first[1:]]
+    quest = "quest{budget=8 page=4 dense=0}"
+    call = (ids[:, :1], mask, torch.tensor([[30]]), *past)
+    held = Dim("held", min=2)
+    sizes = ({}, {1: held + 1}, {}, tuple({2: held} for _ in past))
+    step = dyncc.optimize(EvictedDecode(decoder()), call, passes=quest, engine="reference", dynamic_shapes=sizes)
+    assert step.report.rewrites[0].applied, step.report.rewrites[0].reason
+    written = step.export_onnx(tmp_path / "step.onnx")
+    assert len({row.sizes for row in written.parity}) == 3 and all(row.holds for row in written.parity)
+    run, cache = compiled(decoder()), dyncc.KVCache(f"snapkv{{budget=12 window=4 recents=4 pool=3}} {quest}")
+    read(run, cache, prompt(2, 30, pads=3)["input_ids"][1:])
+    session = ort.InferenceSession(str(tmp_path / "step.onnx"), providers=["CPUExecutionProvider"])
+    arrays = [t.numpy() for t in past]
+    for position in range(30, 34):
+        names = [v.name for v in session.get_inputs()]
+        mask = np.ones((1, position - 30 + 13), dtype=np.int64)
+        feed = dict(zip(names, (ids[:, :1].numpy(), mask, np.array([[position]]), *arrays), strict=True))
+        logits, *arrays = session.run(None, feed)
+        torch.testing.assert_close(torch.from_numpy(logits), read(run, cache, ids[:, :1]), rtol=1e-4, atol=1e-5)
 
 
 def test_refusals_say_why() -> None:
