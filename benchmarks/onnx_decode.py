@@ -1,4 +1,5 @@
-"""SmolLM2 in ONNX Runtime: dyncc's export, growing and in one buffer, against eager and the transformers exporter's fused export.
+"""SmolLM2 in ONNX Runtime: dyncc's export, growing, in one buffer, and holding a part of the keys, against eager and the transformers
+exporter's fused export.
 
     python benchmarks/onnx_decode.py --pairs 20 --write
 
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from record import progress, write
 
+import dyncc
 from dyncc.bench_result import environment
-from dyncc.decoding import Decode
+from dyncc.decoding import Decode, EvictedDecode
 from dyncc.models import load_smollm2
 from dyncc.timing import Timings, paired
 
@@ -66,13 +68,15 @@ def growing(graph: Any, past: list[np.ndarray]) -> Callable[[], Any]:
     return lambda: graph.run(None, feed)[0]
 
 
-def shared(graph: Any, past: list[np.ndarray], room: int) -> Callable[[], Any]:
-    """One step with past and present bound to the same buffers, made once."""
+def shared(graph: Any, past: list[np.ndarray], room: int, position: int | None = None) -> Callable[[], Any]:
+    """One step with past and present bound to the same buffers, made once; `position` is that of the token where keys were dropped."""
     import onnxruntime as ort
 
     length = past[0].shape[2] + 1
     binding = graph.io_binding()
     feed = {"input_ids": np.array([[5]]), "attention_mask": np.ones((1, length), dtype=np.int64)}
+    if position is not None:
+        feed["position_ids"] = np.array([[position]])
     held = [ort.OrtValue.ortvalue_from_numpy(v) for v in feed.values()]
     for name, value in zip(feed, held, strict=True):
         binding.bind_ortvalue_input(name, value)
@@ -93,8 +97,19 @@ def shared(graph: Any, past: list[np.ndarray], room: int) -> Callable[[], Any]:
     return run
 
 
-def measure(model: Any, ours: Path, peer: Path, keys: int, pairs: int, room: int) -> dict[str, Any]:
-    """Milliseconds a token and paired ratios at a number of cached keys."""
+def export_evicted(model: Any, file: Path) -> None:
+    """The step after a past from which keys were dropped."""
+    config, held = model.config, torch.export.Dim("held", min=2, max=16384)
+    width = config.hidden_size // config.num_attention_heads
+    past = [torch.randn(1, config.num_key_value_heads, 24, width) for _ in range(2 * config.num_hidden_layers)]
+    call = (torch.tensor([[5]]), torch.ones(1, 25, dtype=torch.long), torch.tensor([[40]]), *past)
+    sizes = ({}, {1: held + 1}, {}, tuple({2: held} for _ in past))
+    made = dyncc.optimize(EvictedDecode(model), call, dynamic_shapes=sizes, engine="reference", evidence="off")
+    print(file.name, made.export_onnx(file).fused)
+
+
+def measure(model: Any, ours: Path, peer: Path, keys: int, pairs: int, room: int, held: int) -> dict[str, Any]:
+    """Milliseconds a token and paired ratios at a number of cached keys; where `held` is smaller, also when so many are left of them."""
     config = model.config
     width = config.hidden_size // config.num_attention_heads
     generator = torch.Generator().manual_seed(keys)
@@ -109,8 +124,14 @@ def measure(model: Any, ours: Path, peer: Path, keys: int, pairs: int, room: int
 
     runs = {"eager": eager, "transformers": growing(theirs, arrays), "dyncc": growing(mine, arrays)}
     runs["dyncc shared"] = shared(mine, arrays, room)
-    dense = eager()
-    errors = {name: float(np.abs(run() - dense).max() / np.abs(dense).max()) for name, run in runs.items()}
+    wanted = dict.fromkeys(runs, eager())
+    if held < keys:
+        kept = [t[:, :, -held:].contiguous() for t in cache]
+        with torch.no_grad():
+            call = (torch.tensor([[5]]), mask[:, : held + 1], torch.tensor([[keys]]), *kept)
+            wanted["dyncc evicted"] = EvictedDecode(model)(*call)[0].numpy()
+        runs["dyncc evicted"] = shared(session(ours / "evicted.onnx"), [t.numpy() for t in kept], held + 256, keys)
+    errors = {name: float(np.abs(run() - wanted[name]).max() / np.abs(wanted[name]).max()) for name, run in runs.items()}
     timings = paired(runs, pairs=pairs, progress=progress)
     return report(f"decode, {keys} keys", timings, errors)
 
@@ -133,6 +154,7 @@ def report(title: str, timings: Timings, errors: dict[str, float]) -> dict[str, 
     """Print and return medians and the ratios that claims are made of."""
     found: dict[str, Any] = {"medians": {n: timings.median(n) for n in timings.seconds}, "errors": errors, **timings.to_dict()}
     pairs = [("transformers", n) for n in timings.seconds if n.startswith("dyncc")] + [("eager", "dyncc"), ("dyncc", "dyncc shared")]
+    pairs += [("dyncc shared", "dyncc evicted")]
     found["ratios"] = {f"{b} / {v}": timings.ratio(b, v).to_dict() for b, v in pairs if b in timings.seconds and v in timings.seconds}
     print(title, {n: f"{1000 * v:.1f} ms" for n, v in found["medians"].items()}, {n: f"{e:.1e}" for n, e in errors.items()})
     for name, ratio in found["ratios"].items():
@@ -147,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keys", type=int, nargs="*", default=[64, 8000])
     parser.add_argument("--prompt", type=int, nargs="*", default=[4096])
     parser.add_argument("--room", type=int, default=8192, help="keys that the shared buffers hold")
+    parser.add_argument("--held", type=int, default=1024, help="keys left after eviction, where more were read")
     parser.add_argument("--peer", type=Path, help="folder of the transformers exporter's graphs, made when it does not exist")
     parser.add_argument("--ours", type=Path, help="folder of dyncc's graphs, made when it does not exist")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/onnx_decode.json")
@@ -157,9 +180,12 @@ def main(argv: list[str] | None = None) -> None:
         if not (ours / "decode.onnx").is_file():
             for written in _example().export(model, ours):
                 print(written.path.name, written.fused)
+        if not (ours / "evicted.onnx").is_file():
+            export_evicted(model, ours / "evicted.onnx")
         if not (peer / "decode.onnx").is_file():
             peer_export(model, tokenizer, peer)
-        found = [(f"decode, {keys} keys", measure(model, ours, peer, keys, options.pairs, options.room)) for keys in options.keys]
+        at = (options.pairs, options.room, options.held)
+        found = [(f"decode, {keys} keys", measure(model, ours, peer, keys, *at)) for keys in options.keys]
         found += [(f"prefill, {n} tokens", prefill(model, ours, peer, n, max(5, options.pairs // 2))) for n in options.prompt]
         if options.write:
             write("onnx_decode", dict(found))

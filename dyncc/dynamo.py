@@ -13,12 +13,12 @@ from torch._dynamo.exc import RestartAnalysis, ShortenTraceback
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from dyncc.backends.inductor import compile_graph as plain_inductor
+from dyncc.cache_marks import serve_caches
 from dyncc.capture import CaptureError, count, from_dynamo
 from dyncc.driver import rewrite
 from dyncc.engines import lowered
 from dyncc.errors import DynccError, DynccUsageError, RefusedError
 from dyncc.ir import hint
-from dyncc.cache_marks import serve_caches
 from dyncc.report import Report, add_report, take_back
 from dyncc.settings import Settings, settings_from
 

@@ -63,5 +63,4 @@ def _policy(text: str) -> Policy:
     if evict and select and evict[0].every and evict[0].score != "recents":
         problem = "cannot score every key in every step and read a part of them only: take a policy that evicts once (every=0)"
         raise BadCachePasses(passes=text, problem=problem)
-    policy = Policy(*(found[0] if found else None for found in (evict, select)), render(evict), render(select))
-    return policy
+    return Policy(evict[0] if evict else None, select[0] if select else None, render(evict), render(select))

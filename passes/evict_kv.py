@@ -169,8 +169,8 @@ class EvictKV(Pass):
             batch, _, rows, _ = probabilities.shape
             weights = row_weights(mask, batch, rows, self.decay, probabilities.device)
             count = last_rows(rows, self.window) if self.score == "window" else rows
-            part = (x.narrow(dim, rows - count, count) for x, dim in ((probabilities, 2), (weights, 1)))
-            return self._total(probability_sums(*part, groups), old, mask, rows)
+            last, weights = probabilities.narrow(2, rows - count, count), weights.narrow(1, rows - count, count)
+            return self._total(probability_sums(last, weights, groups), old, mask, rows)
 
         return _emit(region.out, compute, region.softmax, region.mask, old)
 

@@ -151,7 +151,9 @@ QUEST = Recipe(
 TIDALDECODE = Recipe(
     name="tidaldecode",
     pass_name="select-kv",
-    options={"budget": "256", "score": "logits", "share": "head", "sinks": "0", "recents": "0", "dense": "2", "layers": "2,9", "full": "true"},
+    options={
+        "budget": "256", "score": "logits", "share": "head", "sinks": "0", "recents": "0", "dense": "2", "layers": "2,9", "full": "true",
+    },
     citation="Yang et al., TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention, ICLR 2025",
     needs="training-free",
     note="layers 0 and 1 read all; layer 2 and the correction layer 9 read all and choose for those behind them",

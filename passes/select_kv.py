@@ -148,9 +148,9 @@ class SelectKV(Pass):
 
         def choose(q: Any, k: Any, *more: Any) -> Any:
             visible = visible_keys(more[-1]) if masks else None
-            bounds = more[:2] if kept else page_bounds(k, self.page, visible)
+            low, high = more[:2] if kept else page_bounds(k, self.page, visible)
             shown = None if visible is None else visible_pages(visible, self.page)
-            pages = select_keys(page_scores(q, *bounds, self.share), self.budget // self.page, shown, sinks, recents)
+            pages = select_keys(page_scores(q, low, high, self.share), self.budget // self.page, shown, sinks, recents)
             return page_keys(pages, self.page)
 
         made: fx.Node = emit(region.out, choose, q, k, *kept, *masks)

@@ -32,8 +32,11 @@ RECIPES = {
     "streamingllm": "streamingllm{budget=12 sinks=2}",
     "tova": "tova{budget=12}",
 }
-QUICK = ("snapkv", "h2o", "streamingllm")
-EACH = [pytest.param(text, id=name, marks=[] if name in QUICK else [pytest.mark.full]) for name, text in RECIPES.items()]
+
+
+def each(*quick: str) -> list[Any]:
+    """All recipes; those that are not quick run in the full matrix."""
+    return [pytest.param(text, id=name, marks=[] if name in quick else [pytest.mark.full]) for name, text in RECIPES.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +72,8 @@ class MaskedForm:
         q = q.reshape(q.shape[0], HEADS, rows, q.shape[3])
         k, v = (t.repeat_interleave(HEADS // t.shape[1], 1) for t in (k, v))
         batch, keys = k.shape[0], k.shape[2]
-        seen = torch.ones(batch, 1, rows, keys, dtype=torch.bool).tril(keys - rows) if attn_mask is None else attn_mask.expand(batch, 1, -1, -1)
+        causal = torch.ones(1, 1, rows, keys, dtype=torch.bool).tril(keys - rows)
+        seen = (causal if attn_mask is None else attn_mask).expand(batch, 1, -1, -1)
         layer, self.calls = self.calls % LAYERS, self.calls + 1
         held, scores = self.grown(layer, batch, groups, keys - rows)
         if rows == 1 and self.due(held, layer):
@@ -131,7 +135,7 @@ def conversation(chunks: tuple[int, ...], pads: int = 3, batch: int = 2) -> list
     return [(given["input_ids"][:, e - c : e], given["attention_mask"][:, :e]) for c, e in zip(chunks, ends, strict=True)]
 
 
-@pytest.mark.parametrize("recipe", EACH)
+@pytest.mark.parametrize("recipe", each("h2o"))
 def test_a_bounded_cache_equals_its_masked_form(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = conversation((30, *[1] * 12))
     model, cache = tiny_llama(), dyncc.KVCache(recipe)
@@ -145,7 +149,7 @@ def test_a_bounded_cache_equals_its_masked_form(recipe: str, monkeypatch: pytest
     assert apart > 1e-3  # keys were missed
 
 
-@pytest.mark.parametrize("recipe", EACH)
+@pytest.mark.parametrize("recipe", each("snapkv"))
 def test_generation_holds_the_budget(recipe: str) -> None:
     """Left pads, 2 or 3 graphs, no fallback; what is dropped is freed."""
     model, given = tiny_llama(), prompt(2, 30, pads=3)
@@ -163,7 +167,10 @@ def test_generation_holds_the_budget(recipe: str) -> None:
     assert cache.bytes == sum(2 * 4 * layer.keys.numel() for layer in cache.layers)
 
 
-@pytest.mark.parametrize("passes", ["quest{budget=16 page=4 dense=0}", "snapkv{budget=24 window=4 recents=4} quest{budget=16 page=4 dense=0}"])
+QUEST = "quest{budget=16 page=4 dense=0}"
+
+
+@pytest.mark.parametrize("passes", [pytest.param(QUEST, marks=pytest.mark.full), "snapkv{budget=24 window=4 recents=4} " + QUEST])
 def test_steps_that_select_read_the_bounds_that_the_cache_keeps(passes: str) -> None:
     model, given = tiny_llama(), prompt(2, 60, pads=3)
     before = len(dyncc.reports())
@@ -264,6 +271,7 @@ def test_pooling_keeps_neighbours_and_pads_go_first() -> None:
     assert keep_keys(scores, 7, 0, 0, pool=5).tolist() == [[list(range(7))]]
 
 
+@pytest.mark.full
 def test_a_budget_of_all_keys_is_the_dense_model() -> None:
     model, calls = tiny_llama(), conversation((14, 1, 1, 1))
     run, cache, dense = compiled(model), dyncc.KVCache("h2o{budget=17 recents=4}"), DynamicCache()
@@ -272,6 +280,7 @@ def test_a_budget_of_all_keys_is_the_dense_model() -> None:
     assert cache.layers[0].store.length == 17
 
 
+@pytest.mark.full
 def test_a_prompt_in_chunks_keeps_what_one_prompt_keeps() -> None:
     recipe = "a2sf{budget=12 recents=4 decay=0.9}"
     kept = []
@@ -361,7 +370,7 @@ def prefilled(attention: str = "sdpa", passes: str = "snapkv{budget=12 window=4 
     return dyncc.optimize(module, call, passes=passes, engine="reference", dynamic_shapes=sizes), module, call
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.full)])
 def test_a_prompts_returned_keys_are_those_kept(attention: str) -> None:
     made, plain, call = prefilled(attention)
     rewrite = made.report.rewrites[0]
@@ -380,6 +389,7 @@ def test_a_prompts_returned_keys_are_those_kept(attention: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_prompt_that_evicts_exports_to_onnx(tmp_path: Path) -> None:
     made, _, _ = prefilled(passes="snapkv{budget=12 window=4 recents=4 pool=3} drop-repeat-kv")
     written = made.export_onnx(tmp_path / "prompt.onnx")

@@ -14,7 +14,7 @@ import dyncc
 from dyncc.decoding import Prefill
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-RUN_HERE = {"encoder_pruning", "generate_smollm2", "onnx_generate", "vit_random"}
+RUN_HERE = {"encoder_pruning", "generate_smollm2", "onnx_generate", "passkey", "vit_random"}
 
 
 def load_example(name: str) -> ModuleType:
@@ -84,3 +84,9 @@ def test_a_pruned_prompt_of_the_real_model_exports_and_matches(tmp_path: Path) -
     written = made.export_onnx(tmp_path / "prompt.onnx")
     assert len({row.sizes for row in written.parity}) == 3 and len(written.parity) == 3 * 61
     assert all(row.holds for row in written.parity), [str(row) for row in written.parity if not row.holds]
+
+
+@pytest.mark.full
+def test_passkey() -> None:
+    found = load_example("passkey").main(["dense", "snapkv{budget=128}", "--tokens", "256", "--trials", "2"])
+    assert found["dense"] == 1.0 and 0.0 <= found["snapkv{budget=128}"] <= 1.0

@@ -154,7 +154,7 @@ class MaskedForm:
         starts = range(0, keys, page)
         sinks = len([s for s in starts if s < self.passed.sinks])
         recents = (self.passed.recents + page - 2) // page + 1 if self.passed.recents else 0
-        chosen = np.zeros(q.shape[:2] + (keys,), dtype=bool)
+        chosen = np.zeros((*q.shape[:2], keys), dtype=bool)
         for row, head in np.ndindex(*q.shape[:2]):
             visible = seen[row, 0, 0].numpy()
             score = np.zeros(len(starts))

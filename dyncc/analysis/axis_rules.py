@@ -25,9 +25,10 @@ ELEMENTWISE = {
     "threshold", "clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "where", "masked_fill", "eq", "ne", "lt", "le", "gt",
     "ge", "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "__and__",
     "__or__", "__xor__", "isnan", "isinf", "isfinite", "nan_to_num", "floor", "ceil", "round", "trunc", "to", "_to_copy", "type_as",
-    "clone", "contiguous", "alias", "partly_read", "detach", "lift_fresh_copy", "lift_fresh", "dropout", "feature_dropout", "native_dropout",
+    "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "dropout", "feature_dropout", "native_dropout",
     "alpha_dropout", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "lerp", "addcmul",
     "addcdiv", "ldexp", "float_power", "positive", "isneginf", "isposinf", "heaviside", "copysign", "xlogy", "special_expit", "view_as",
+    "partly_read",
 }  # fmt: skip
 
 

@@ -84,7 +84,8 @@ def _gumbel(like: Tensor, seed: int, start: int) -> Tensor:
     """Gumbel(0, 1) noise for logits [B, H, T, N]: a hash of seed, head, position and key, so that chunks and tiles do not matter."""
     _, heads, rows, keys = like.shape
     at = lambda size, shift: torch.arange(shift, shift + size, device=like.device, dtype=torch.int64)  # noqa: E731
-    mixed = (at(heads, 1)[:, None, None] * 73856093) ^ (at(rows, start)[:, None] * 19349663) ^ (at(keys, 0) * 83492791) ^ (seed * 2654435761 & 0xFFFFFFFF)
+    mixed = (at(heads, 1)[:, None, None] * 73856093) ^ (at(rows, start)[:, None] * 19349663) ^ (at(keys, 0) * 83492791)
+    mixed = mixed ^ (seed * 2654435761 & 0xFFFFFFFF)
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         mixed = ((mixed ^ (mixed >> 16)) * factor) & 0xFFFFFFFF
     uniform = ((mixed ^ (mixed >> 16)) & 0xFFFFFF).float().add_(0.5) / (1 << 24)
@@ -117,7 +118,7 @@ def hide_pads(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def keep_keys(scores: Tensor, budget: int, sinks: int, recents: int, pool: int = 1, enough: bool = False) -> Tensor:
-    """Sorted indices [B, G, min(budget, N)] of the best-scored keys; the first `sinks` and last `recents` visible ones are always among them.
+    """Sorted indices [B, G, min(budget, N)] of the best-scored keys; the first `sinks` and last `recents` visible ones always stay.
 
     Args:
         scores: [B, G, N], `HIDDEN` for pads, which stay only where nothing else is left.

@@ -26,8 +26,7 @@ def key_scores(q: Tensor, k: Tensor, mask: Tensor | None, score: str, share: str
         score: "logits", the heads' q.k; "vote", their softmax over all visible keys (TokenSelect's soft vote); "recents", the position.
         share: "head", "group" (mean over a group's heads) or "layer" (mean over all heads).
     """
-    batch, heads, _, _ = q.shape
-    groups, keys = k.shape[1], k.shape[2]
+    batch, groups, keys = q.shape[0], k.shape[1], k.shape[2]
     if score == "recents":
         return torch.arange(keys, device=k.device, dtype=torch.float32).expand(batch, 1, keys)
     found = attention_row_logits(q, k, torch.arange(1, device=q.device), scale).squeeze(2).float()
