@@ -2,7 +2,7 @@
 
 o = softmax(q k[S]' * scale) v[S] with S the `budget` best keys by a score of this step's query row; the first `sinks` and the last
 `recents` keys are always in S. Positions stay those of the cache, masks follow. Side conditions: one query row an attention (a decoding
-step), fused attention, one mask row for all heads. Lossy; all keys as budget is the dense model. TokenSelect (Wu et al. 2024) for the
+step), one mask row for all heads. Spelled-out attention keeps its logits and reads fewer values. Lossy; all keys as budget is the dense model. TokenSelect (Wu et al. 2024) for the
 vote; Quest (Tang et al. 2024) for `bound`, which chooses whole pages by what q.k cannot exceed in them, and reads only two rows of each
 page where a `dyncc.KVCache` keeps their bounds; TidalDecode (Yang et al. 2024) for choices that later layers reuse.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion, kv_sources
@@ -21,12 +22,16 @@ from dyncc.ir import argument, emit, is_symbolic, operands, same_size, shape
 from dyncc.kernels.select_keys import (
     PARTLY_READ,
     attend_selected,
+    attend_selected_logits,
     key_scores,
+    newest,
     page_bounds,
     page_keys,
     page_scores,
     select_keys,
+    shared_scores,
     visible_keys,
+    visible_logits,
     visible_pages,
 )
 from dyncc.options import Layers, settle
@@ -45,8 +50,8 @@ class Choice:
 
     def fits(self, region: AttentionRegion) -> bool:
         """Whether it names keys of another attention too: as many heads, as many keys."""
-        q, k, _ = _parts(region)
-        return shape(q)[1] == self.heads and all(same_size(a, b) for a, b in zip(self.keys, shape(k)[1:3], strict=True))
+        q, _, v = _parts(region)
+        return shape(q)[1] == self.heads and all(same_size(a, b) for a, b in zip(self.keys, shape(v)[1:3], strict=True))
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,13 @@ class SelectKV(Pass):
         sites = facts.attention[self.dense :]
         if not sites:
             raise Refusal(f"dense={self.dense} leaves none of the {len(facts.attention)} attentions")
-        growing = any(r.fused and is_symbolic(shape(operands(r.out)[1])[-2]) for r in sites)
+        growing = any(is_symbolic(shape(r.v)[-2]) for r in sites)
         chosen_by = set(self.layers.resolve(len(facts.attention))) if self.layers is not None else None
         done, whole, misses = 0, 0, []
         choice: Choice | None = None
         served = 0
         for region in sites:
-            problem = _problem(region)
+            problem = _problem(region) if region.fused else _spelled_problem(region, self.score)
             if problem:
                 misses.append(f"attention {region.index}: {problem}")
                 continue
@@ -126,7 +131,9 @@ class SelectKV(Pass):
     def _choose(self, region: AttentionRegion) -> Choice:
         """The choice of one attention, computed in front of it."""
         sdpa = region.out
-        q, k, _ = _parts(region)
+        q, k, v = _parts(region)
+        if not region.fused:
+            return Choice(self._choose_by_logits(region, v), shape(region.softmax)[1], tuple(shape(v)[1:3]))
         if self.score == "bound":
             return Choice(self._choose_pages(region, q, k), shape(q)[1], tuple(shape(k)[1:3]))
         scale = argument(sdpa, "scale")
@@ -138,6 +145,21 @@ class SelectKV(Pass):
 
         made: fx.Node = emit(sdpa, choose, q, k, *([region.mask] if region.mask is not None else []))
         return Choice(made, shape(q)[1], tuple(shape(k)[1:3]))
+
+    def _choose_by_logits(self, region: AttentionRegion, v: fx.Node) -> fx.Node:
+        """Of an attention that is spelled out, whose scaled and masked logits stand in the graph."""
+        groups = shape(v)[1]
+
+        def choose(logits: Any) -> Any:
+            score, visible = logits.squeeze(2).float(), visible_logits(logits)
+            if self.score == "recents":
+                score = newest(logits.shape[0], logits.shape[3], logits.device)
+            else:
+                score = shared_scores(torch.softmax(score, -1) if self.score == "vote" else score, groups, self.share)
+            return select_keys(score, self.budget, visible, self.sinks, self.recents)
+
+        made: fx.Node = emit(region.out, choose, _logits(region))
+        return made
 
     def _choose_pages(self, region: AttentionRegion, q: fx.Node, k: fx.Node) -> fx.Node:
         """The keys of the best pages, by bounds that the cache keeps, or that are taken from the keys here."""
@@ -157,18 +179,21 @@ class SelectKV(Pass):
         return made
 
     def _attend(self, region: AttentionRegion, index: fx.Node) -> None:
-        sdpa = region.out
+        out = region.out
         q, k, v = _parts(region)
         masks = [region.mask] if region.mask is not None else []
-        scale, ragged = argument(sdpa, "scale"), self.score == "bound"
+        scale, ragged = argument(out, "scale") if region.fused else None, self.score == "bound"
 
         def attend(q: Any, k: Any, v: Any, at: Any, *mask: Any) -> Any:
             return attend_selected(q, k, v, mask[0] if mask else None, at, scale, ragged)
 
-        new = emit(sdpa, attend, q, k, v, index, *masks)
-        new.meta = {**sdpa.meta, "val": new.meta["val"]}
-        sdpa.replace_all_uses_with(new)
-        sdpa.graph.erase_node(sdpa)
+        if region.fused:
+            new = emit(out, attend, q, k, v, index, *masks)
+        else:
+            new = emit(out, attend_selected_logits, _logits(region), v, index)
+        new.meta = {**out.meta, "val": new.meta["val"]}
+        out.replace_all_uses_with(new)
+        out.graph.erase_node(out)
 
     def _pays_from(self) -> str:
         """From how many keys on fewer operations are needed: scoring costs half of an attention, once in `reuse` + 1 attentions."""
@@ -178,17 +203,36 @@ class SelectKV(Pass):
         return f"fewer operations from {round(self.budget / (1 - scored)):,} keys on, by the cost model; the graph serves any number"
 
 
+def _logits(region: AttentionRegion) -> fx.Node:
+    """Scaled and masked, [B, H, 1, N]."""
+    assert region.softmax is not None
+    return operands(region.softmax)[0]
+
+
 def _parts(region: AttentionRegion) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Queries [B, H, 1, D] and the keys and values [B, G, N, D] that stand behind copies for each head."""
-    q, k, v = operands(region.out)[:3]
+    """Queries [B, H, 1, D] and the keys and values [B, G, N, D] that stand behind copies for each head (values alone, where an attention
+    is spelled out)."""
+    q, k, v = operands(region.out)[:3] if region.fused else (region.q, region.k, region.v)
     wide_k, wide_v = repeated(k), repeated(v)
+    if not region.fused:
+        return q, k, wide_v or v
     return (q, wide_k, wide_v) if wide_k is not None and wide_v is not None else (q, k, v)
 
 
+def _spelled_problem(region: AttentionRegion, score: str) -> str:
+    """Why an attention that is spelled out is not rewritten; ''."""
+    sizes, out = shape(_logits(region)), shape(region.out)
+    if score == "bound":
+        return "it is spelled out, and bounds of pages need its plain queries and keys; load the model with attn_implementation='sdpa'"
+    if len(sizes) != 4 or len(out) != 4 or len(shape(region.v)) != 4:
+        return f"its logits are {list(sizes)}, not [batch, heads, row, keys]"
+    if is_symbolic(sizes[2]) or sizes[2] != 1:
+        return f"it has {sizes[2]} query rows; select-kv acts on decoding steps, which have one"
+    return ""
+
+
 def _problem(region: AttentionRegion) -> str:
-    """Why an attention is not rewritten; ''."""
-    if not region.fused:
-        return "it is spelled out; load the model with attn_implementation='sdpa'"
+    """Why a fused attention is not rewritten; ''."""
     q, k, _ = _parts(region)
     rows = shape(q)[-2]
     if len(shape(q)) != 4 or len(shape(k)) != 4:

@@ -1,4 +1,5 @@
-"""Writes docs/decoding.json and docs/decoding.md: on how many attentions of each decoder's decoding step `select-kv` applies.
+"""Writes docs/decoding.json and docs/decoding.md: on how many attentions of each decoder `select-kv` (a decoding step) and `evict-kv` (a
+prompt whose keys are returned) apply.
 
 Run it from the root of the repository: `python tests/make_decode_table.py`.
 """
@@ -20,6 +21,7 @@ from dyncc.rewrite import Context, apply_pass
 
 DOCS = Path(__file__).parent.parent / "docs"
 SELECT = "select-kv{budget=4 score=vote share=layer sinks=1 recents=1}"
+EVICT = "evict-kv{budget=4 score=window window=2 recents=1}"
 WINDOWED = ("mistral-last", "gemma2-last")
 """Their caches hold a window of their own, which `Decode` does not rebuild."""
 CASES: tuple[tuple[ZooModel, Attn], ...] = tuple(
@@ -36,8 +38,14 @@ def row(model: ZooModel, attn: Attn) -> dict[str, Any]:
     step, call = decoding_step(model, attn)
     made = dyncc.optimize(step, call, passes=SELECT, engine="reference", evidence="off")
     rewrite = made.report.rewrites[0]
-    reason = "" if rewrite.found == LAYERS else rewrite.reason or "; ".join(rewrite.misses)
-    return {"model": model.name, "attention": attn, "applied": rewrite.found, "expected": LAYERS, "reason": reason}
+    prompt = dyncc.optimize(Prefill(step.model, keys=True), model.inputs(padding=True)[:2], passes=EVICT, engine="reference", evidence="off")
+    evict = prompt.report.rewrites[0]
+    found = {"model": model.name, "attention": attn, "applied": rewrite.found, "evict": evict.found, "expected": LAYERS}
+    return {**found, "reason": _reason(rewrite), "evict_reason": _reason(evict)}
+
+
+def _reason(rewrite: Any) -> str:
+    return "" if rewrite.found == LAYERS else rewrite.reason or "; ".join(rewrite.misses)
 
 
 def decoding_step(model: ZooModel, attn: Attn) -> tuple[Decode, tuple[Any, ...]]:
@@ -66,14 +74,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Decoding steps",
         "",
-        f"Attentions of one decoding step (batch padded, growing cache) on which `{SELECT}` applies, of the layers in the config.",
+        f"Attentions of one decoding step (batch padded, growing cache) on which `{SELECT}` applies,",
+        f"and of a padded prompt whose keys are returned on which `{EVICT}` applies, of the layers in the config.",
         "`python tests/make_decode_table.py` writes this file; a test fails when a number falls.",
         "",
-        "| model | attention | applied |",
-        "|---|---|---|",
+        "| model | attention | select-kv | evict-kv |",
+        "|---|---|---|---|",
     ]
-    lines += [f"| {r['model']} | {r['attention']} | {r['applied']}/{r['expected']} |" for r in rows]
-    notes = [f"- {r['model']}, {r['attention']}: {r['reason']}" for r in rows if r["reason"]]
+    lines += [
+        f"| {r['model']} | {r['attention']} | {r['applied']}/{r['expected']} | {r['evict']}/{r['expected']} |" for r in rows
+    ]
+    words = [(r, name, r[key]) for r in rows for name, key in (("select-kv", "reason"), ("evict-kv", "evict_reason"))]
+    notes = [f"- {r['model']}, {r['attention']}, {name}: {reason}" for r, name, reason in words if reason]
     return "\n".join([*lines, "", "Refused:" if notes else "Nothing was refused.", "", *notes]).rstrip() + "\n"
 
 

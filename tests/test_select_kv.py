@@ -230,6 +230,17 @@ def test_it_equals_its_masked_form(score: str, share: str, monkeypatch: pytest.M
     assert (made(*call)[0] - dense[0]).abs().max() > 1e-3  # it does leave keys out
 
 
+@pytest.mark.parametrize(("score", "share"), [("vote", "layer"), ("logits", "head"), ("logits", "group"), ("recents", "layer")])
+def test_spelled_out_attention_chooses_by_its_logits(score: str, share: str) -> None:
+    call, model = step(24), decoder()
+    model.set_attn_implementation("eager")
+    text = f"select-kv{{budget=7 score={score} share={share} sinks=2 recents=2}}"
+    made = dyncc.optimize(Decode(model), call, passes=text, engine="reference")
+    rewrite = made.report.rewrites[0]
+    assert rewrite.applied and (rewrite.found, rewrite.expected) == (LAYERS, LAYERS), rewrite.reason
+    close(made(*call), optimized(call, text)(*call))
+
+
 def test_a_choice_that_is_reused_and_layers_that_see_all(monkeypatch: pytest.MonkeyPatch) -> None:
     call = step(24)
     for text, passed, choices in (
@@ -293,10 +304,10 @@ def test_a_choice_that_costs_more_than_it_saves_is_refused_unless_the_keys_grow(
 def test_refusals_say_why() -> None:
     prefill = dyncc.optimize(Prefill(decoder()), (torch.ones(1, 9, dtype=torch.long),), passes="select-kv", engine="reference")
     assert prefill.report.rewrites[0].reason.startswith("attention 0: it has 9 query rows; select-kv acts on decoding steps")
-    config = decoder()
-    config.set_attn_implementation("eager")
-    eager = dyncc.optimize(Decode(config), step(24), passes="select-kv{budget=8 sinks=1 recents=1}", engine="reference")
-    assert "it is spelled out; load the model with attn_implementation='sdpa'" in eager.report.rewrites[0].reason
+    model = decoder()
+    model.set_attn_implementation("eager")
+    eager = dyncc.optimize(Decode(model), step(24), passes="quest{budget=8 page=4 dense=0}", engine="reference")
+    assert "it is spelled out, and bounds of pages need its plain queries and keys" in eager.report.rewrites[0].reason
     none = dyncc.optimize(Decode(decoder()), step(24), passes="select-kv{dense=2}", engine="reference")
     assert none.report.rewrites[0].reason == "dense=2 leaves none of the 2 attentions"
     whole = dyncc.optimize(Decode(decoder()), step(24), passes="select-kv{full=true}", engine="reference")
@@ -380,7 +391,9 @@ def test_no_decoder_turned_from_applied_to_refused(model: ZooModel, attn: Attn) 
     then = {(row["model"], row["attention"]): row for row in table.checked_in()}[model.name, attn]
     now = table.row(model, attn)
     assert now["applied"] >= then["applied"], now["reason"]
+    assert now["evict"] >= then["evict"], now["evict_reason"]
     assert now["expected"] == then["expected"] and (now["reason"] or now["applied"] == now["expected"])
+    assert now["evict_reason"] or now["evict"] == now["expected"]
     assert table.error_with_all_keys(model, attn) <= 1e-5
 
 

@@ -2,9 +2,18 @@
 
 from dyncc.kernels.select_keys.op import PARTLY_READ
 from dyncc.kernels.select_keys.pages import page_bounds, page_keys, page_scores, visible_pages
-from dyncc.kernels.select_keys.truth import attend_selected, key_scores, select_keys, shared_scores, visible_keys
+from dyncc.kernels.select_keys.truth import (
+    attend_selected,
+    attend_selected_logits,
+    key_scores,
+    newest,
+    select_keys,
+    shared_scores,
+    visible_keys,
+    visible_logits,
+)
 
 __all__ = [
-    "PARTLY_READ", "attend_selected", "key_scores", "page_bounds", "page_keys", "page_scores", "select_keys", "shared_scores",
-    "visible_keys", "visible_pages",
+    "PARTLY_READ", "attend_selected", "attend_selected_logits", "key_scores", "newest", "page_bounds", "page_keys", "page_scores",
+    "select_keys", "shared_scores", "visible_keys", "visible_logits", "visible_pages",
 ]

@@ -26,14 +26,18 @@ def key_scores(q: Tensor, k: Tensor, mask: Tensor | None, score: str, share: str
         score: "logits", the heads' q.k; "vote", their softmax over all visible keys (TokenSelect's soft vote); "recents", the position.
         share: "head", "group" (mean over a group's heads) or "layer" (mean over all heads).
     """
-    batch, groups, keys = q.shape[0], k.shape[1], k.shape[2]
     if score == "recents":
-        return torch.arange(keys, device=k.device, dtype=torch.float32).expand(batch, 1, keys)
+        return newest(k.shape[0], k.shape[2], k.device)
     found = attention_row_logits(q, k, torch.arange(1, device=q.device), scale).squeeze(2).float()
     if score == "vote":
         hidden = found if mask is None else found.masked_fill(~visible_keys(mask), -torch.inf)
         found = torch.softmax(hidden, -1)
-    return shared_scores(found, groups, share)
+    return shared_scores(found, k.shape[1], share)
+
+
+def newest(batch: Any, keys: Any, device: torch.device) -> Tensor:
+    """Each key's position as its score, [B, 1, N]."""
+    return torch.arange(keys, device=device, dtype=torch.float32).expand(batch, 1, keys)
 
 
 def shared_scores(score: Tensor, groups: int, share: str) -> Tensor:
@@ -108,3 +112,23 @@ def attend_selected(
         seen = picked.unsqueeze(2).expand(batch, choices, folded.shape[2], count)
     out = torch.ops.aten.scaled_dot_product_attention.default(folded, picked_k, picked_v, seen, 0.0, False, scale=scale)
     return out.reshape(batch, heads, 1, v.shape[3])
+
+
+def attend_selected_logits(logits: Tensor, v: Tensor, index: Tensor) -> Tensor:
+    """softmax over the keys `index` [B, C, S] alone of masked logits [B, H, 1, N], times their values: [B, H, 1, Dv] for v [B, G, N, Dv]."""
+    batch, heads, _, keys = logits.shape
+    groups, choices, count = v.shape[1], index.shape[1], index.shape[2]
+    per_head = index.repeat_interleave(heads // choices, 1) if choices > 1 else index.expand(batch, heads, count)
+    weights = torch.softmax(logits.squeeze(2).gather(2, per_head), -1, dtype=torch.float32).to(v.dtype)
+    if choices == heads:
+        at = per_head.view(batch, groups, heads // groups * count)
+        picked = v.gather(2, at.unsqueeze(-1).expand(*at.shape, v.shape[3])).view(batch, heads, count, v.shape[3])
+        return weights.unsqueeze(2) @ picked
+    at = index.expand(batch, groups, count)
+    picked = v.gather(2, at.unsqueeze(-1).expand(*at.shape, v.shape[3]))
+    return (weights.view(batch, groups, heads // groups, count) @ picked).view(batch, heads, 1, v.shape[3])
+
+
+def visible_logits(logits: Tensor) -> Tensor:
+    """Which keys masked logits [B, H, 1, N] leave visible to any head, [B, 1, N] bool."""
+    return (logits.squeeze(2) > torch.finfo(logits.dtype).min / 2).any(1, keepdim=True)
