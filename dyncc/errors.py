@@ -184,7 +184,7 @@ class CacheNotServed(DynccUsageError, RuntimeError):
 class BadCachePasses(DynccUsageError):
     """`dyncc.KVCache(passes=...)` was given passes that are no business of a cache."""
 
-    template = "dyncc.KVCache {problem}, not {passes!r}; give other passes to torch.compile(options={{'passes': ...}})"
+    template = "dyncc.KVCache {problem}, not {passes!r}; give other passes to torch.compile's options"
 
 
 class PackageMissing(DynccUsageError, ImportError):

@@ -2,9 +2,10 @@
 
 o = softmax(q k[S]' * scale) v[S] with S the `budget` best keys by a score of this step's query row; the first `sinks` and the last
 `recents` keys are always in S. Positions stay those of the cache, masks follow. Side conditions: one query row an attention (a decoding
-step), one mask row for all heads. Spelled-out attention keeps its logits and reads fewer values. Lossy; all keys as budget is the dense model. TokenSelect (Wu et al. 2024) for the
-vote; Quest (Tang et al. 2024) for `bound`, which chooses whole pages by what q.k cannot exceed in them, and reads only two rows of each
-page where a `dyncc.KVCache` keeps their bounds; TidalDecode (Yang et al. 2024) for choices that later layers reuse.
+step), one mask row for all heads. Spelled-out attention keeps its logits and reads fewer values. Lossy; all keys as budget is the dense
+model. TokenSelect (Wu et al. 2024) for the vote; Quest (Tang et al. 2024) for `bound`, which chooses whole pages by what q.k cannot
+exceed in them, and reads only two rows of each page where a `dyncc.KVCache` keeps their bounds; TidalDecode (Yang et al. 2024) for
+choices that later layers reuse.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.analysis.facts import Facts
 from dyncc.errors import BadOptionValue
-from dyncc.ir import argument, emit, is_symbolic, operands, same_size, shape
+from dyncc.ir import argument, emit, is_symbolic, shape
 from dyncc.kernels.select_keys import (
     PARTLY_READ,
     attend_selected,
@@ -35,23 +36,9 @@ from dyncc.kernels.select_keys import (
     visible_pages,
 )
 from dyncc.options import Layers, settle
-from dyncc.passes.drop_repeat_kv import repeated
+from dyncc.passes.decode_sites import Choice, logits, parts, problem
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Chosen keys `index` [B, C, S], made for an attention of so many query heads and (key heads, keys)."""
-
-    index: fx.Node
-    heads: Any
-    keys: tuple[Any, ...]
-
-    def fits(self, region: AttentionRegion) -> bool:
-        """Whether it names keys of another attention too: as many heads, as many keys."""
-        q, _, v = _parts(region)
-        return shape(q)[1] == self.heads and all(same_size(a, b) for a, b in zip(self.keys, shape(v)[1:3], strict=True))
 
 
 @dataclass(frozen=True)
@@ -100,9 +87,8 @@ class SelectKV(Pass):
         choice: Choice | None = None
         served = 0
         for region in sites:
-            problem = _problem(region) if region.fused else _spelled_problem(region, self.score)
-            if problem:
-                misses.append(f"attention {region.index}: {problem}")
+            if why := problem(region, self.score):
+                misses.append(f"attention {region.index}: {why}")
                 continue
             due = served == self.reuse if chosen_by is None else region.index in chosen_by
             chooses = choice is None or due or not choice.fits(region)
@@ -131,7 +117,7 @@ class SelectKV(Pass):
     def _choose(self, region: AttentionRegion) -> Choice:
         """The choice of one attention, computed in front of it."""
         sdpa = region.out
-        q, k, v = _parts(region)
+        q, k, v = parts(region)
         if not region.fused:
             return Choice(self._choose_by_logits(region, v), shape(region.softmax)[1], tuple(shape(v)[1:3]))
         if self.score == "bound":
@@ -150,15 +136,15 @@ class SelectKV(Pass):
         """Of an attention that is spelled out, whose scaled and masked logits stand in the graph."""
         groups = shape(v)[1]
 
-        def choose(logits: Any) -> Any:
-            score, visible = logits.squeeze(2).float(), visible_logits(logits)
+        def choose(x: Any) -> Any:
+            score, visible = x.squeeze(2).float(), visible_logits(x)
             if self.score == "recents":
-                score = newest(logits.shape[0], logits.shape[3], logits.device)
+                score = newest(x.shape[0], x.shape[3], x.device)
             else:
                 score = shared_scores(torch.softmax(score, -1) if self.score == "vote" else score, groups, self.share)
             return select_keys(score, self.budget, visible, self.sinks, self.recents)
 
-        made: fx.Node = emit(region.out, choose, _logits(region))
+        made: fx.Node = emit(region.out, choose, logits(region))
         return made
 
     def _choose_pages(self, region: AttentionRegion, q: fx.Node, k: fx.Node) -> fx.Node:
@@ -180,17 +166,14 @@ class SelectKV(Pass):
 
     def _attend(self, region: AttentionRegion, index: fx.Node) -> None:
         out = region.out
-        q, k, v = _parts(region)
+        q, k, v = parts(region)
         masks = [region.mask] if region.mask is not None else []
         scale, ragged = argument(out, "scale") if region.fused else None, self.score == "bound"
 
         def attend(q: Any, k: Any, v: Any, at: Any, *mask: Any) -> Any:
             return attend_selected(q, k, v, mask[0] if mask else None, at, scale, ragged)
 
-        if region.fused:
-            new = emit(out, attend, q, k, v, index, *masks)
-        else:
-            new = emit(out, attend_selected_logits, _logits(region), v, index)
+        new = emit(out, attend, q, k, v, index, *masks) if region.fused else emit(out, attend_selected_logits, logits(region), v, index)
         new.meta = {**out.meta, "val": new.meta["val"]}
         out.replace_all_uses_with(new)
         out.graph.erase_node(out)
@@ -201,49 +184,3 @@ class SelectKV(Pass):
         if self.score == "bound":
             scored = min(scored * 2 / self.page, 0.99)  # pages of one key have two bounds: they save nothing
         return f"fewer operations from {round(self.budget / (1 - scored)):,} keys on, by the cost model; the graph serves any number"
-
-
-def _logits(region: AttentionRegion) -> fx.Node:
-    """Scaled and masked, [B, H, 1, N]."""
-    assert region.softmax is not None
-    return operands(region.softmax)[0]
-
-
-def _parts(region: AttentionRegion) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Queries [B, H, 1, D] and the keys and values [B, G, N, D] that stand behind copies for each head (values alone, where an attention
-    is spelled out)."""
-    q, k, v = operands(region.out)[:3] if region.fused else (region.q, region.k, region.v)
-    wide_k, wide_v = repeated(k), repeated(v)
-    if not region.fused:
-        return q, k, wide_v or v
-    return (q, wide_k, wide_v) if wide_k is not None and wide_v is not None else (q, k, v)
-
-
-def _spelled_problem(region: AttentionRegion, score: str) -> str:
-    """Why an attention that is spelled out is not rewritten; ''."""
-    sizes, out = shape(_logits(region)), shape(region.out)
-    if score == "bound":
-        return "it is spelled out, and bounds of pages need its plain queries and keys; load the model with attn_implementation='sdpa'"
-    if len(sizes) != 4 or len(out) != 4 or len(shape(region.v)) != 4:
-        return f"its logits are {list(sizes)}, not [batch, heads, row, keys]"
-    if is_symbolic(sizes[2]) or sizes[2] != 1:
-        return f"it has {sizes[2]} query rows; select-kv acts on decoding steps, which have one"
-    return ""
-
-
-def _problem(region: AttentionRegion) -> str:
-    """Why a fused attention is not rewritten; ''."""
-    q, k, _ = _parts(region)
-    rows = shape(q)[-2]
-    if len(shape(q)) != 4 or len(shape(k)) != 4:
-        return f"its queries are {list(shape(q))}, not [batch, heads, row, width]"
-    if is_symbolic(rows) or rows != 1:
-        return f"it has {rows} query rows; select-kv acts on decoding steps, which have one"
-    if argument(region.out, "is_causal", False):
-        return "its causal flag hides all keys but the first from a single row"
-    if argument(region.out, "dropout_p", 0.0):
-        return "dropout is active"
-    mask = () if region.mask is None else shape(region.mask)
-    if mask and (len(mask) != 4 or not all(isinstance(size, int) and size == 1 for size in mask[1:3])):
-        return f"its mask is {list(mask)}; one row for all heads, [batch, 1, 1, keys], can follow the choice"
-    return ""

@@ -38,7 +38,8 @@ def row(model: ZooModel, attn: Attn) -> dict[str, Any]:
     step, call = decoding_step(model, attn)
     made = dyncc.optimize(step, call, passes=SELECT, engine="reference", evidence="off")
     rewrite = made.report.rewrites[0]
-    prompt = dyncc.optimize(Prefill(step.model, keys=True), model.inputs(padding=True)[:2], passes=EVICT, engine="reference", evidence="off")
+    read = model.inputs(padding=True)[:2]
+    prompt = dyncc.optimize(Prefill(step.model, keys=True), read, passes=EVICT, engine="reference", evidence="off")
     evict = prompt.report.rewrites[0]
     found = {"model": model.name, "attention": attn, "applied": rewrite.found, "evict": evict.found, "expected": LAYERS}
     return {**found, "reason": _reason(rewrite), "evict_reason": _reason(evict)}

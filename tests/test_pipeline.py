@@ -118,7 +118,12 @@ def test_two_owners_of_one_name_clash() -> None:
 def test_the_shipped_registry_is_consistent() -> None:
     registry = pipeline.default_registry()
     assert registry.names()[:4] == ("simplify-mask", "slice-last-token", "drop-repeat-kv", "prune-tokens")
-    assert {recipe.name for recipe in RECIPES} == {"evit", "promptdistill", "lazyllm", "tokenselect", "sink-window"}
+    kinds = {
+        "prune-tokens": {"evit", "promptdistill", "lazyllm"},
+        "select-kv": {"tokenselect", "quest", "tidaldecode", "sink-window"},
+        "evict-kv": {"streamingllm", "h2o", "a2sf", "keyformer", "snapkv", "tova"},
+    }
+    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 13
     assert all(recipe.pass_name in registry.names() and recipe.citation for recipe in RECIPES)
     assert set(registry.exact) <= set(registry.names())
 

@@ -115,8 +115,8 @@ def attend_selected(
 
 
 def attend_selected_logits(logits: Tensor, v: Tensor, index: Tensor) -> Tensor:
-    """softmax over the keys `index` [B, C, S] alone of masked logits [B, H, 1, N], times their values: [B, H, 1, Dv] for v [B, G, N, Dv]."""
-    batch, heads, _, keys = logits.shape
+    """softmax over the keys `index` [B, C, S] alone of masked logits [B, H, 1, N], times their values v [B, G, N, Dv]: [B, H, 1, Dv]."""
+    batch, heads = logits.shape[:2]
     groups, choices, count = v.shape[1], index.shape[1], index.shape[2]
     per_head = index.repeat_interleave(heads // choices, 1) if choices > 1 else index.expand(batch, heads, count)
     weights = torch.softmax(logits.squeeze(2).gather(2, per_head), -1, dtype=torch.float32).to(v.dtype)

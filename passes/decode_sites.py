@@ -1,0 +1,74 @@
+"""Attentions of a decoding step as sites for choosing keys: their parts, whether they fit, and choices that name keys of several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from dyncc.analysis.attention import AttentionRegion
+from dyncc.ir import argument, is_symbolic, operands, same_size, shape
+from dyncc.passes.drop_repeat_kv import repeated
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Chosen keys `index` [B, C, S], made for an attention of so many query heads and (key heads, keys)."""
+
+    index: fx.Node
+    heads: Any
+    keys: tuple[Any, ...]
+
+    def fits(self, region: AttentionRegion) -> bool:
+        """Whether it names keys of another attention too: as many heads, as many keys."""
+        q, _, v = parts(region)
+        return shape(q)[1] == self.heads and all(same_size(a, b) for a, b in zip(self.keys, shape(v)[1:3], strict=True))
+
+
+def logits(region: AttentionRegion) -> fx.Node:
+    """Scaled and masked, [B, H, 1, N]."""
+    assert region.softmax is not None
+    return operands(region.softmax)[0]
+
+
+def parts(region: AttentionRegion) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Queries [B, H, 1, D] and the keys and values [B, G, N, D] that stand behind copies for each head (values alone, where an attention
+    is spelled out)."""
+    q, k, v = operands(region.out)[:3] if region.fused else (region.q, region.k, region.v)
+    wide_k, wide_v = repeated(k), repeated(v)
+    if not region.fused:
+        return q, k, wide_v or v
+    return (q, wide_k, wide_v) if wide_k is not None and wide_v is not None else (q, k, v)
+
+
+def _spelled_problem(region: AttentionRegion, score: str) -> str:
+    sizes, out = shape(logits(region)), shape(region.out)
+    if score == "bound":
+        return "it is spelled out, and bounds of pages need its plain queries and keys; load the model with attn_implementation='sdpa'"
+    if len(sizes) != 4 or len(out) != 4 or len(shape(region.v)) != 4:
+        return f"its logits are {list(sizes)}, not [batch, heads, row, keys]"
+    if is_symbolic(sizes[2]) or sizes[2] != 1:
+        return f"it has {sizes[2]} query rows; select-kv acts on decoding steps, which have one"
+    return ""
+
+
+def _fused_problem(region: AttentionRegion) -> str:
+    q, k, _ = parts(region)
+    rows = shape(q)[-2]
+    if len(shape(q)) != 4 or len(shape(k)) != 4:
+        return f"its queries are {list(shape(q))}, not [batch, heads, row, width]"
+    if is_symbolic(rows) or rows != 1:
+        return f"it has {rows} query rows; select-kv acts on decoding steps, which have one"
+    if argument(region.out, "is_causal", False):
+        return "its causal flag hides all keys but the first from a single row"
+    if argument(region.out, "dropout_p", 0.0):
+        return "dropout is active"
+    mask = () if region.mask is None else shape(region.mask)
+    if mask and (len(mask) != 4 or not all(isinstance(size, int) and size == 1 for size in mask[1:3])):
+        return f"its mask is {list(mask)}; one row for all heads, [batch, 1, 1, keys], can follow the choice"
+    return ""
+
+def problem(region: AttentionRegion, score: str) -> str:
+    """Why keys cannot be chosen by a score for an attention; ''."""
+    return _fused_problem(region) if region.fused else _spelled_problem(region, score)
