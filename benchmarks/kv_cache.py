@@ -26,7 +26,7 @@ from dyncc.timing import paired
 BASELINE = "eager, growing cache"
 EXACT = "dyncc, KVCache"
 POLICIES = [
-    "snapkv{budget=1024}", "h2o{budget=1024 recents=512 every=64}", "quest{budget=512}", "tokenselect{budget=512 sinks=16 recents=64}",
+    "snapkv{budget=1024}", "tokenselect{budget=1024 sinks=16 recents=64}", "quest{budget=512}",
 ]  # fmt: skip
 
 

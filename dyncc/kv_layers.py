@@ -157,8 +157,7 @@ class PolicyLayer(GrowingLayer):
         index = evict.choose(self.scores, enough=True)
         self.store.gather(index, room=(evict.every or ROOM) + rows)
         self.scores = self.scores.gather(2, index)
-        if self.bounds is not None:
-            self.bounds.forget()
+        self._forget_bounds()
 
     def _watched(self, keys: Tensor, rows: int, start: int) -> Tensor:
         """The keys, through the op in whose place `evict-kv` puts their new scores."""
@@ -176,6 +175,7 @@ class PolicyLayer(GrowingLayer):
         if not torch.compiler.is_compiling():
             raise CacheNotServed(passes=self.policy.select_text, problem=ONLY_COMPILED)
         if rows != 1:
+            self._forget_bounds()
             return keys
         assert self.store.buffer is not None
         low, high = self.bounds.append(keys, rows, self.store.buffer.keys.shape[2]) if self.bounds is not None else (None, None)
@@ -192,8 +192,7 @@ class PolicyLayer(GrowingLayer):
     def reset(self) -> None:
         super().reset()
         self.scores, self.seen, self.prompted = None, 0, False
-        if self.bounds is not None:
-            self.bounds.forget()
+        self._forget_bounds()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove < 0 and self.seen != self.store.length:
@@ -202,12 +201,14 @@ class PolicyLayer(GrowingLayer):
         self.seen = self.store.length
         if self.scores is not None:
             self.scores = self.scores[:, :, : self.seen]
-        if self.bounds is not None:
-            self.bounds.forget()
+        self._forget_bounds()
 
     def change(self, edit: Callable[[Tensor], Tensor]) -> None:
         super().change(edit)
         self.scores = edit(self.scores) if self.scores is not None else None
+        self._forget_bounds()
+
+    def _forget_bounds(self) -> None:
         if self.bounds is not None:
             self.bounds.forget()
 

@@ -189,11 +189,14 @@ def test_steps_that_select_read_the_bounds_that_the_cache_keeps(passes: str) -> 
         assert torch.equal(layer.bounds.low[:, :, : low.shape[2]], low) and torch.equal(layer.bounds.high[:, :, : low.shape[2]], high)
 
 
-def test_branches_of_a_cache_with_bounds_do_not_loosen_each_others() -> None:
+def test_bounds_follow_a_second_prompt_and_branches_do_not_loosen_each_others() -> None:
     run, ids = compiled(tiny_llama()), prompt(1, 21)["input_ids"]
     cache = dyncc.KVCache("quest{budget=8 page=4 dense=0}")
-    for step in (ids, ids[:, :1], ids[:, 1:2]):
+    for step in (ids, ids[:, :1], ids[:, 3:9], ids[:, 1:2]):  # a second prompt in between
         read(run, cache, step)
+    low, high = page_bounds(cache.layers[0].keys, 4)
+    assert torch.equal(cache.layers[0].bounds.low[:, :, : low.shape[2]], low)
+    assert torch.equal(cache.layers[0].bounds.high[:, :, : low.shape[2]], high)
     other = copy.copy(cache)
     then = other.layers[0].bounds.high.clone()
     read(run, cache, ids[:, 5:6])
