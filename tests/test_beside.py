@@ -11,6 +11,7 @@ import torch
 from graphs import node, program
 from tiny import Tiny, inputs
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import dyncc
@@ -24,6 +25,7 @@ from dyncc.passes.drop_repeat_kv import DropRepeatKV
 from dyncc.passes.prune_tokens import PruneTokens
 from dyncc.passes.slice_last_token import SliceLastToken
 from dyncc.rewrite import Context, Pass, PassResult, apply_pass
+from dyncc.shared_masks import look_at, share_masks
 
 EXACT = "simplify-mask slice-last-token drop-repeat-kv"
 
@@ -148,7 +150,8 @@ def test_what_is_shared_runs_once(counted: Counter[str]) -> None:
     sliced = 4  # the last layer's queries, output projection and MLP, on one row
     assert counted["runs"] == 1
     assert counted["linear"] == dense.calls["linear"] + sliced
-    assert counted["scaled_dot_product_attention"] == dense.calls["scaled_dot_product_attention"] + 1
+    attended = counted["scaled_dot_product_attention"] + counted["attend"]
+    assert attended == dense.calls["scaled_dot_product_attention"] + 1
     assert counted["attention_error"] + counted["relative_error"] == made.report.rewrites[0].evidence["regions"]
 
 
@@ -263,3 +266,27 @@ def test_a_dropped_mask_that_hid_something_is_noticed() -> None:
 def test_the_judge_of_nothing_accepts() -> None:
     captured = program(lambda x: x.sin(), torch.randn(3))
     assert judge.Judge(captured, runtime.Settings(()), [[torch.randn(3)]]).accepts([])
+
+
+@pytest.mark.parametrize("kind", ["causal", "padded", "random", "wide"])
+def test_a_mask_looked_at_once_means_what_it_meant(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 8, generator=generator) for n in ((5, 9, 9) if kind == "wide" else (9, 9, 9)))
+    mask = torch.ones(2, 1, q.shape[2], 9, dtype=torch.bool).tril(9 - q.shape[2])
+    if kind == "padded":
+        mask[0, ..., :3] = False
+        mask[0, :, :3] = True  # rows that see nothing would be NaN in both
+    if kind == "random":
+        mask = torch.rand(2, 1, 9, 9, generator=generator) > 0.3
+
+    def twice(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        sdpa = torch.ops.aten.scaled_dot_product_attention.default
+        return sdpa(sdpa(q, k, v, mask), k, v, mask, scale=0.5)
+
+    module = make_fx(twice, tracing_mode="fake", pre_dispatch=True)(q, k, v, mask)
+    share_masks(module.graph)
+    module.recompile()
+    names = [op_name(n) for n in module.graph.nodes if n.op == "call_function"]
+    assert names.count("look_at") == 1 and names.count("attend") == 2
+    torch.testing.assert_close(module(q, k, v, mask), twice(q, k, v, mask))
+    assert look_at(mask, torch.float32).causal == (kind == "causal")
