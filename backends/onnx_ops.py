@@ -7,12 +7,15 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import opset23 as op
+from onnxscript import ir, opset23
 from onnxscript.values import Opset
 
+from dyncc.errors import NotTaken
+from dyncc.kernels.evict_keys import SUMS
 from dyncc.kernels.group_query_attention import OP as GROUP_QUERY_ATTENTION
 
 aten = torch.ops.aten
+op: Any = opset23  # its type variables do not follow traced values
 MICROSOFT = "com.microsoft"
 TYPES = ("float", "float16", "bfloat16", "int32", "int64")
 
@@ -58,9 +61,36 @@ def group_query_attention(
     return call(*inputs, num_heads=heads, kv_num_heads=groups, scale=scale, do_rotary=int(cos is not None))
 
 
+def column_sums(
+    q: Any, k: Any, mask: Any, weights: Any, is_causal: bool, scale: float | None, temperature: float, seed: int, start: Any
+) -> Any:
+    """In one piece, not in tiles: the probabilities of all rows are in memory at once. Seeded noise has no ONNX spelling."""
+    if seed >= 0:
+        raise NotTaken("seeded noise (keyformer) has no ONNX form; take h2o")
+    heads, groups, width = q.shape[1], k.shape[1], q.shape[3]
+    least = op.CastLike(op.Constant(value_float=float("-inf")), q)
+    turned = op.Transpose(k, perm=[0, 1, 3, 2])
+    logits = op.MatMul(op.Reshape(q, op.Constant(value_ints=[0, groups, -1, width])), turned)
+    factor = (width**-0.5 if scale is None else scale) / temperature
+    logits = op.Reshape(op.Mul(logits, op.CastLike(op.Constant(value_float=factor), q)), op.Constant(value_ints=[0, heads, -1, 0]))
+    if is_causal:
+        ends = [op.Squeeze(op.Shape(x, start=2, end=3)) for x in (q, k)]
+        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+        rows, keys = (op.Range(zero, end, one) for end in ends)
+        logits = op.Where(op.Greater(keys, op.Unsqueeze(rows, op.Constant(value_ints=[1]))), least, logits)
+    if mask is not None:
+        logits = op.Where(mask, logits, least) if mask.dtype == ir.DataType.BOOL else op.Add(logits, mask)
+    found = op.Softmax(op.Cast(logits, to=ir.DataType.FLOAT), axis=-1)
+    found = op.Where(op.IsNaN(found), op.Constant(value_float=0.0), found)
+    summed = op.ReduceSum(op.Mul(found, op.Unsqueeze(weights, op.Constant(value_ints=[1, 3]))), op.Constant(value_ints=[2]), keepdims=0)
+    grouped = op.Reshape(summed, op.Constant(value_ints=[0, groups, heads // groups, -1]))
+    return op.ReduceSum(grouped, op.Constant(value_ints=[2]), keepdims=0)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.remainder.Scalar: remainder,
     aten.sort.default: sort,
     aten.sort.stable: stable_sort,
     GROUP_QUERY_ATTENTION: group_query_attention,
+    SUMS: column_sums,
 }

@@ -349,6 +349,7 @@ def test_killed_while_saving_the_old_artefact_is_whole(saved: tuple[Any, Path], 
     assert not outputs.set_aside(copy).exists()
 
 
+@pytest.mark.full
 def test_a_limit_on_file_sizes_is_told(copy: Path) -> None:
     ran = ended(copy, "full")
     assert f"cannot write to {copy}: " in ran.stdout and "File too large" in ran.stdout, ran

@@ -189,6 +189,7 @@ def test_steps_that_select_read_the_bounds_that_the_cache_keeps(passes: str) -> 
         assert torch.equal(layer.bounds.low[:, :, : low.shape[2]], low) and torch.equal(layer.bounds.high[:, :, : low.shape[2]], high)
 
 
+@pytest.mark.full
 def test_bounds_follow_a_second_prompt_and_branches_do_not_loosen_each_others() -> None:
     run, ids = compiled(tiny_llama()), prompt(1, 21)["input_ids"]
     cache = dyncc.KVCache("quest{budget=8 page=4 dense=0}")
@@ -393,12 +394,14 @@ def test_a_prompts_returned_keys_are_those_kept(attention: str) -> None:
 
 
 @pytest.mark.full
-def test_a_prompt_that_evicts_exports_to_onnx(tmp_path: Path) -> None:
-    made, _, _ = prefilled(passes="snapkv{budget=12 window=4 recents=4 pool=3} drop-repeat-kv")
+@pytest.mark.parametrize("recipe", ["snapkv{budget=12 window=4 recents=4 pool=3}", "a2sf{budget=12 recents=4}"])
+def test_a_prompt_that_evicts_exports_to_onnx(recipe: str, tmp_path: Path) -> None:
+    made, _, _ = prefilled(passes=f"{recipe} drop-repeat-kv")
     written = made.export_onnx(tmp_path / "prompt.onnx")
     assert len({row.sizes for row in written.parity}) == 3 and all(row.holds for row in written.parity)
 
 
+@pytest.mark.full
 def test_a_prompt_that_evicts_and_a_step_that_selects_go_on_in_onnx(tmp_path: Path) -> None:
     """SnapKV's keys from one file, Quest's step in another, against the same two in one `dyncc.KVCache`."""
     import onnxruntime as ort

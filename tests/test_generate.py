@@ -43,7 +43,8 @@ def _check(model: Any, ids: torch.Tensor, cache: str | None, engine: str) -> Non
         assert report.found_attention == report.expected_attention == LAYERS
 
 
-@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("cache", [None, "static"])
 def test_greedy_tokens_with_the_reference_engine(smollm2: tuple[Any, torch.Tensor], cache: str | None) -> None:
     _check(*smollm2, cache, "reference")
 

@@ -16,7 +16,7 @@ from dyncc.kernels.select_keys import attend_selected, page_bounds, page_keys, p
 from dyncc.kernels.select_keys.triton_pages import attend, score
 generator = torch.Generator().manual_seed(0)
 count = 0
-for heads, groups, width, keys, page, share in itertools.product((6,), (1, 3, 6), (24,), (5, 70), (4,), ("layer", "head")):
+for heads, groups, width, keys, page, share in itertools.product((6,), (1, 3), (24,), (70,), (4,), ("layer", "head")):
     if heads % groups:
         continue
     q, k, v = (torch.randn(2, h, n, width, generator=generator) for h, n in ((heads, 1), (groups, keys), (groups, keys)))
@@ -38,7 +38,7 @@ def test_the_kernels_compute_their_truths_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", AGAINST_TRUTH], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "compared 12"
+    assert done.stdout.strip() == "compared 4"
 
 
 TARGETS = [(90, "bf16"), pytest.param(80, "bf16", marks=pytest.mark.full), pytest.param(90, "fp32", marks=pytest.mark.full)]
