@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from dyncc.bench_result import environment
 from dyncc.decoding import Prefill, continuation_nll
 from dyncc.kernels.evict_keys import column_sums, row_weights, window_sums
-from dyncc.kernels.select_keys import page_bounds, page_scores, shared_scores
+from dyncc.kernels.select_keys import page_bounds, page_scores, shared_scores, take_keys
 from dyncc.models import english_tokens, load_smollm2
 from dyncc.passes.evict_kv import EvictKV
 from dyncc.passes.select_kv import SelectKV
@@ -130,8 +130,7 @@ def read(model: Any, ids: Tensor, prompt: int, policies: dict[str, Any]) -> dict
     found = {"dense": continuation_nll(model, prefilled, following, prompt).mean().item()}
     for name, policy in policies.items():
         if isinstance(policy, EvictKV):
-            at = [index.unsqueeze(-1) for index in noted.kept[name] for _ in ("keys", "values")]
-            kept = [t.gather(2, i.expand(*i.shape[:3], t.shape[3])) for t, i in zip(prefilled[1:], at, strict=True)]
+            kept = [take_keys(t, noted.kept[name][i // 2]) for i, t in enumerate(prefilled[1:])]
             found[name] = continuation_nll(model, (prefilled[0], *kept), following, prompt).mean().item()
         else:
             with attention(Selecting(policy, model.config.num_key_value_heads, plain)):

@@ -179,6 +179,7 @@ class CacheNotServed(DynccUsageError, RuntimeError):
     """A `dyncc.KVCache` with passes was given to a model that dyncc did not compile, or whose attention it cannot follow."""
 
     template = "dyncc.KVCache({passes!r}) chooses keys by attention, {problem}"
+    not_compiled: ClassVar[str] = 'which is done in a model that dyncc compiled only; call model.compile(backend="dyncc")'
 
 
 class BadCachePasses(DynccUsageError):

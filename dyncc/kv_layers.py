@@ -173,7 +173,7 @@ class PolicyLayer(GrowingLayer):
     def _partly_read(self, keys: Tensor, rows: int) -> Tensor:
         """The keys, through the op by which `select-kv` knows them; prompts read all of them."""
         if not torch.compiler.is_compiling():
-            raise CacheNotServed(passes=self.policy.select_text, problem=ONLY_COMPILED)
+            raise CacheNotServed(passes=self.policy.select_text, problem=CacheNotServed.not_compiled)
         if rows != 1:
             self._forget_bounds()
             return keys
@@ -211,6 +211,3 @@ class PolicyLayer(GrowingLayer):
     def _forget_bounds(self) -> None:
         if self.bounds is not None:
             self.bounds.forget()
-
-
-ONLY_COMPILED = 'which is done in a model that dyncc compiled only; call model.compile(backend="dyncc")'

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from dyncc.kernels.select_keys import take_keys
+
 ROOM = 512
 """How many more rows a buffer has than it needs when it is made; a quarter of a large past."""
 
@@ -87,7 +89,7 @@ class KVStore:
 
 def _gathered(rows: Tensor, index: Tensor, size: int) -> Tensor:
     new = rows.new_zeros(rows.shape[0], rows.shape[1], size, rows.shape[3])
-    new[:, :, : index.shape[2]] = rows.gather(2, index.unsqueeze(-1).expand(*index.shape, rows.shape[3]))
+    new[:, :, : index.shape[2]] = take_keys(rows, index)
     return new
 
 

@@ -69,6 +69,7 @@ def _fused_problem(region: AttentionRegion) -> str:
         return f"its mask is {list(mask)}; one row for all heads, [batch, 1, 1, keys], can follow the choice"
     return ""
 
+
 def problem(region: AttentionRegion, score: str) -> str:
     """Why keys cannot be chosen by a score for an attention; ''."""
     return _fused_problem(region) if region.fused else _spelled_problem(region, score)

@@ -8,7 +8,6 @@ Scores: H2O (Zhang et al. 2023), A2SF (Jo & Shin 2024), Keyformer (Adnan et al. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +29,7 @@ from dyncc.kernels.evict_keys import (
     row_weights,
     window_sums,
 )
+from dyncc.kernels.select_keys import take_keys
 from dyncc.options import settle
 from dyncc.passes.drop_repeat_kv import repeated
 from dyncc.restrict import Refusal
@@ -126,7 +126,7 @@ class EvictKV(Pass):
         out = output_node(program.graph)
         kept = emit(out, self.choose, self._scores(region, shape(returned[held[0]])[1], None, None, 0))
         for i in held:
-            returned[i] = emit(out, lambda x, at: x.gather(2, at.unsqueeze(-1).expand(*at.shape, x.shape[3])), returned[i], kept)
+            returned[i] = emit(out, take_keys, returned[i], kept)
         out.args = (tuple(returned),)
         return set(held)
 
@@ -156,7 +156,8 @@ class EvictKV(Pass):
                 sums = k.new_zeros((k.shape[0], k.shape[1], k.shape[2]), dtype=torch.float32)
             return self._total(sums, old, mask, q.shape[2])
 
-        return _emit(region.out, compute, q, k, region.mask, old, start)
+        made: fx.Node = emit(region.out, compute, q, k, region.mask, old, start)
+        return made
 
     def _spelled(self, region: AttentionRegion, groups: Any, old: fx.Node | None) -> fx.Node:
         """Its probabilities stand in the graph."""
@@ -172,7 +173,8 @@ class EvictKV(Pass):
             last, weights = probabilities.narrow(2, rows - count, count), weights.narrow(1, rows - count, count)
             return self._total(probability_sums(last, weights, groups), old, mask, rows)
 
-        return _emit(region.out, compute, region.softmax, region.mask, old)
+        made: fx.Node = emit(region.out, compute, region.softmax, region.mask, old)
+        return made
 
     def _total(self, sums: Any, old: Any, mask: Any, rows: Any) -> Any:
         """What was earned before, aged by these rows, and now; a window is looked at anew by each call."""
@@ -180,12 +182,6 @@ class EvictKV(Pass):
             aged = self.decay ** torch.arange(rows, rows + 1, device=sums.device) if self.decay != 1.0 else 1.0
             sums = old.clamp(min=0.0) * aged + sums
         return hide_pads(sums, mask)
-
-
-def _emit(before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
-    """`emit` for arguments some of which may be None."""
-    made: fx.Node = emit(before, function, *args)
-    return made
 
 
 def _behind(region: AttentionRegion) -> set[fx.Node]:

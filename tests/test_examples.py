@@ -88,5 +88,5 @@ def test_a_pruned_prompt_of_the_real_model_exports_and_matches(tmp_path: Path) -
 
 @pytest.mark.full
 def test_passkey() -> None:
-    found = load_example("passkey").main(["dense", "snapkv{budget=128}", "--tokens", "256", "--trials", "2"])
-    assert found["dense"] == 1.0 and 0.0 <= found["snapkv{budget=128}"] <= 1.0
+    found = load_example("passkey").main(["dense", "snapkv{budget=512}", "--tokens", "256", "--trials", "2"])
+    assert found == {"dense": 1.0, "snapkv{budget=512}": 1.0}  # the budget holds the whole text

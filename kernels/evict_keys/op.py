@@ -24,8 +24,7 @@ _library.impl("column_sums", column_sums, "CompositeExplicitAutograd")
 
 
 def _watched(keys: Tensor, scores: Tensor, policy: str, rows: int, start: int) -> tuple[Tensor, Tensor]:
-    problem = "which is done in a model that dyncc compiled only; call model.compile(backend=\"dyncc\")"
-    raise CacheNotServed(passes=policy, problem=problem)
+    raise CacheNotServed(passes=policy, problem=CacheNotServed.not_compiled)
 
 
 _library.impl("watched", _watched, "CompositeExplicitAutograd")

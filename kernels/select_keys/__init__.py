@@ -9,11 +9,12 @@ from dyncc.kernels.select_keys.truth import (
     newest,
     select_keys,
     shared_scores,
+    take_keys,
     visible_keys,
     visible_logits,
 )
 
 __all__ = [
     "PARTLY_READ", "attend_selected", "attend_selected_logits", "key_scores", "newest", "page_bounds", "page_keys", "page_scores",
-    "select_keys", "shared_scores", "visible_keys", "visible_logits", "visible_pages",
+    "select_keys", "shared_scores", "take_keys", "visible_keys", "visible_logits", "visible_pages",
 ]

@@ -1,6 +1,7 @@
 """Triton kernels of page selection: bounds of pages, and attention over chosen pages split among programs (flash decoding).
 
-Import after `TRITON_INTERPRET=1` is set to run them without a GPU. Meaning: pages.page_scores and truth.attend_selected.
+Import after `TRITON_INTERPRET=1` is set to run them without a GPU. Meaning: pages.page_scores and truth.attend_selected. They were not
+run on a GPU, and no pass emits them.
 """
 
 # mypy: disable-error-code="no-untyped-def"

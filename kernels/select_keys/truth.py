@@ -96,13 +96,10 @@ def attend_selected(
     if ragged:
         inside, index = index < k.shape[2], index.clamp(max=k.shape[2] - 1)
     batch, heads, _, width = q.shape
-    groups, choices, count = k.shape[1], index.shape[1], index.shape[2]
-    apart = choices == heads and groups != heads
-    rows = index.reshape(batch, groups, heads // groups * count) if apart else index.expand(batch, groups, count)
-    picked_k, picked_v = (t.gather(2, rows.unsqueeze(-1).expand(*rows.shape, t.shape[3])) for t in (k, v))
-    if apart:
-        picked_k, picked_v = (t.reshape(batch, heads, count, t.shape[3]) for t in (picked_k, picked_v))
-    folded = q if apart else q.reshape(batch, groups, heads // groups, width)
+    choices, count = index.shape[1], index.shape[2]
+    picked_k, picked_v = (_picked(t, index, heads) for t in (k, v))
+    rows = picked_k.shape[1]
+    folded = q.reshape(batch, rows, heads // rows, width)
     seen = None if inside is None else inside.unsqueeze(2).expand(batch, choices, folded.shape[2], count)
     if mask is not None:
         wide = mask[:, :, 0].expand(batch, 1, mask.shape[3]).expand(batch, choices, mask.shape[3])
@@ -117,16 +114,27 @@ def attend_selected(
 def attend_selected_logits(logits: Tensor, v: Tensor, index: Tensor) -> Tensor:
     """softmax over the keys `index` [B, C, S] alone of masked logits [B, H, 1, N], times their values v [B, G, N, Dv]: [B, H, 1, Dv]."""
     batch, heads = logits.shape[:2]
-    groups, choices, count = v.shape[1], index.shape[1], index.shape[2]
+    choices, count = index.shape[1], index.shape[2]
     per_head = index.repeat_interleave(heads // choices, 1) if choices > 1 else index.expand(batch, heads, count)
     weights = torch.softmax(logits.squeeze(2).gather(2, per_head), -1, dtype=torch.float32).to(v.dtype)
-    if choices == heads:
-        at = per_head.view(batch, groups, heads // groups * count)
-        picked = v.gather(2, at.unsqueeze(-1).expand(*at.shape, v.shape[3])).view(batch, heads, count, v.shape[3])
-        return weights.unsqueeze(2) @ picked
-    at = index.expand(batch, groups, count)
-    picked = v.gather(2, at.unsqueeze(-1).expand(*at.shape, v.shape[3]))
-    return (weights.view(batch, groups, heads // groups, count) @ picked).view(batch, heads, 1, v.shape[3])
+    picked = _picked(v, index, heads)
+    rows = picked.shape[1]
+    return (weights.view(batch, rows, heads // rows, count) @ picked).view(batch, heads, 1, v.shape[3])
+
+
+def take_keys(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, G, S] of keys or values [B, G, N, D], each head's own: [B, G, S, D]."""
+    return x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[3]))
+
+
+def _picked(x: Tensor, index: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, G, N, D] at `index` [B, C, S]: once a group where its heads chose together, [B, G, S, D], else [B, H, S, D]."""
+    batch, groups = x.shape[:2]
+    choices, count = index.shape[1], index.shape[2]
+    if choices != heads or groups == heads:
+        return take_keys(x, index.expand(batch, groups, count))
+    apart = take_keys(x, index.reshape(batch, groups, heads // groups * count))
+    return apart.reshape(batch, heads, count, x.shape[3])
 
 
 def visible_logits(logits: Tensor) -> Tensor:
