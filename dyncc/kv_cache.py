@@ -32,7 +32,7 @@ class KVCache(Cache):
         passes: a pass or recipe that evicts, such as "snapkv{budget=1024}": the cache then holds so many keys a layer and head, chosen by
             the attention they received, at their original positions; or one that selects, such as "quest{budget=512}": a step then reads
             so many of the keys held; or both, one of each. The model must be compiled with backend "dyncc", without gradients; pads
-            stand on the left.
+            stand on the left. Generation takes three graphs, four where `every` is above 1: steps that drop keys are another graph.
     Raises:
         DynccUsageError: `passes` names something else, has a wrong option, or two passes contradict each other.
     """

@@ -151,16 +151,16 @@ def test_a_bounded_cache_equals_its_masked_form(recipe: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("recipe", each("snapkv"))
 def test_generation_holds_the_budget(recipe: str) -> None:
-    """Left pads, 2 or 3 graphs, no fallback; what is dropped is freed."""
+    """Left pads, no fallback, what is dropped is freed; 3 graphs, and one more where steps that drop keys alternate with steps that do not."""
     model, given = tiny_llama(), prompt(2, 30, pads=3)
     before = len(dyncc.reports())
     model.compile(backend="dyncc", options={"engine": "reference"})
     cache = dyncc.KVCache(recipe)
     model.generate(**given, max_new_tokens=40, do_sample=False, past_key_values=cache)
     reports = dyncc.reports()[before:]
-    assert len(reports) <= 3 and not any(r.fallback for r in reports)
     assert cache.get_seq_length() == 69
     policy = build(recipe)[0]
+    assert len(reports) <= (4 if policy.every > 1 else 3) and not any(r.fallback for r in reports)
     held = policy.budget + policy.every if policy.every else policy.budget + 39
     for layer in cache.layers:
         assert (held - policy.every if policy.every else held) <= layer.store.length <= held
