@@ -151,7 +151,7 @@ def test_a_bounded_cache_equals_its_masked_form(recipe: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("recipe", each("snapkv"))
 def test_generation_holds_the_budget(recipe: str) -> None:
-    """Left pads, no fallback, what is dropped is freed; 3 graphs, and one more where steps that drop keys alternate with steps that do not."""
+    """Left pads, no fallback, what is dropped is freed; 3 graphs, and one more where only some steps drop keys."""
     model, given = tiny_llama(), prompt(2, 30, pads=3)
     before = len(dyncc.reports())
     model.compile(backend="dyncc", options={"engine": "reference"})
