@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from dyncc.backends.native import with_native_kernels
 from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.ir import Program
 
 
 def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
     """Compile a program; door 1 programs must be lowered before the backend returns (later, lengths would be specialised)."""
-    safe = spelled_safely(program)
+    lowered, notes = with_native_kernels(program)
+    safe = spelled_safely(lowered)
     if program.door == 1:
-        return compile_graph(safe.module, inputs)
-    return torch.compile(safe.module, backend="inductor", dynamic=dynamic, fullgraph=True)
+        run = compile_graph(safe.module, inputs)
+    else:
+        run = torch.compile(safe.module, backend="inductor", dynamic=dynamic, fullgraph=True)
+    run.notes = notes
+    return run
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

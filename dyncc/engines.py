@@ -26,7 +26,9 @@ def lowered(program: Program, settings: Settings, report: Report, inputs: Sequen
         PackageMissing: the engine is not installed.
     """
     if settings.engine in ALWAYS:
-        return lower(settings.engine, program, list(inputs), dynamic=dynamic)
+        run = lower(settings.engine, program, list(inputs), dynamic=dynamic)
+        report.engine_notes = getattr(run, "notes", [])
+        return run
     try:
         run = _checked(program, settings, inputs, dynamic)
     except DynccUsageError:

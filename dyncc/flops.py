@@ -25,9 +25,21 @@ def _flops(node: fx.Node) -> int:
     if name == "scaled_dot_product_attention":
         rows = _numel(node) // _size(node, -1)
         return 2 * rows * _size(slots[1], -2) * (_size(slots[0], -1) + _size(slots[2], -1))
+    if name == "attend_row":
+        return 2 * (_numel(node) // _size(node, -1)) * _keys_read(node) * (_size(slots[0], -1) + _size(slots[2], -1))
+    if name == "score_keys":
+        return 0 if node.args[3] == "recents" else 2 * _numel(slots[0]) * _size(slots[1], -2)
+    if name == "score_pages":
+        return 4 * _numel(slots[0]) * _size(slots[1], -2)
     if name in ("conv1d", "conv2d", "conv3d", "convolution"):
         return 2 * _numel(node) * math.prod(hint(s) for s in shape(slots[1])[1:])
     return 0
+
+
+def _keys_read(node: fx.Node) -> int:
+    """Of `dyncc::attend_row`: those that its index names, keys or whole pages, or all."""
+    index, page = node.args[4], node.args[5]
+    return _size(index, -1) * int(page) if isinstance(index, fx.Node) else _size(operands(node)[1], -2)
 
 
 def _numel(node: fx.Node) -> int:

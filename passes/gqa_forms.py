@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from dyncc import verdicts
 from dyncc.ir import aten
+from dyncc.timing import least_seconds
 
-ROUNDS = 7
-ENOUGH = 0.2
-"""Seconds a form after which no round is added to two: what is slow is measured well in few rounds."""
 SMALL = 1 << 20
 """Keys of fewer bytes are not worth a measurement: the native form is taken."""
 SLOWER = 1.1
@@ -48,7 +46,7 @@ def _measure(
         mask = None if mask_dtype is None else torch.ones(q_size[0], 1, rows, k_size[2], dtype=torch.bool)
         mask = mask.to(mask_dtype) * 0 if mask is not None and mask_dtype is not None and mask_dtype.is_floating_point else mask
         for _ in range(LOOKS):
-            times = _in_turns(_forms(foldable), q, k, v, mask, causal)
+            times = least_seconds({name: partial(form, q, k, v, mask, causal) for name, form in _forms(foldable).items()})
             best = min((n for n in times if n != "repeated"), key=lambda n: times[n])
             if times[best] <= times["repeated"] * SLOWER:
                 return best
@@ -68,17 +66,3 @@ def _forms(foldable: bool) -> dict[str, Callable[..., Any]]:
         return aten.scaled_dot_product_attention.default(q.reshape(b, k.shape[1], -1, d), k, v, mask, 0.0, False).reshape(b, h, t, d)
 
     return {"repeated": repeated, "native": native, **({"folded": folded} if foldable else {})}
-
-
-def _in_turns(forms: dict[str, Callable[..., Any]], *args: Any) -> dict[str, float]:
-    """The least seconds of each form: a busy machine only adds, and rounds are interleaved, so that a busy moment falls on all of them."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    began = time.perf_counter()
-    for i in range(ROUNDS):
-        for name, form in forms.items():
-            start = time.perf_counter()
-            form(*args)
-            times[name].append(time.perf_counter() - start)
-        if i >= 1 and time.perf_counter() - began > ENOUGH * len(forms):
-            break
-    return {name: min(found) for name, found in times.items()}

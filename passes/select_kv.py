@@ -20,16 +20,12 @@ from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.analysis.facts import Facts
 from dyncc.errors import BadOptionValue
 from dyncc.ir import argument, emit, is_symbolic, shape
+from dyncc.kernels.one_row import ATTEND_ROW, SCORE_KEYS, SCORE_PAGES, SELECT_BEST
 from dyncc.kernels.select_keys import (
     PARTLY_READ,
-    attend_selected,
     attend_selected_logits,
-    key_scores,
     newest,
     page_bounds,
-    page_keys,
-    page_scores,
-    select_keys,
     shared_scores,
     visible_keys,
     visible_logits,
@@ -125,9 +121,9 @@ class SelectKV(Pass):
         scale = argument(sdpa, "scale")
 
         def choose(q: Any, k: Any, *masks: Any) -> Any:
-            mask = masks[0] if masks else None
-            score = key_scores(q, k, mask, self.score, self.share, scale)
-            return select_keys(score, self.budget, None if mask is None else visible_keys(mask), self.sinks, self.recents)
+            visible = visible_keys(masks[0]) if masks else None
+            score = SCORE_KEYS(q, k, visible, self.score, self.share, scale)
+            return SELECT_BEST(score, self.budget, visible, self.sinks, self.recents)
 
         made: fx.Node = emit(sdpa, choose, q, k, *([region.mask] if region.mask is not None else []))
         return Choice(made, shape(q)[1], tuple(shape(k)[1:3]))
@@ -142,13 +138,13 @@ class SelectKV(Pass):
                 score = newest(x.shape[0], x.shape[3], x.device)
             else:
                 score = shared_scores(torch.softmax(score, -1) if self.score == "vote" else score, groups, self.share)
-            return select_keys(score, self.budget, visible, self.sinks, self.recents)
+            return SELECT_BEST(score, self.budget, visible, self.sinks, self.recents)
 
         made: fx.Node = emit(region.out, choose, logits(region))
         return made
 
     def _choose_pages(self, region: AttentionRegion, q: fx.Node, k: fx.Node) -> fx.Node:
-        """The keys of the best pages, by bounds that the cache keeps, or that are taken from the keys here."""
+        """The best pages, by bounds that the cache keeps, or that are taken from the keys here."""
         mark = next((n for n in kv_sources(region) if n.target is PARTLY_READ and n.args[1] is not None), None)
         kept = list(mark.args[1:3]) if mark is not None else []
         masks = [region.mask] if region.mask is not None else []
@@ -158,8 +154,7 @@ class SelectKV(Pass):
             visible = visible_keys(more[-1]) if masks else None
             low, high = more[:2] if kept else page_bounds(k, self.page, visible)
             shown = None if visible is None else visible_pages(visible, self.page)
-            pages = select_keys(page_scores(q, low, high, self.share), self.budget // self.page, shown, sinks, recents)
-            return page_keys(pages, self.page)
+            return SELECT_BEST(SCORE_PAGES(q, low, high, self.share), self.budget // self.page, shown, sinks, recents)
 
         made: fx.Node = emit(region.out, choose, q, k, *kept, *masks)
         return made
@@ -168,10 +163,10 @@ class SelectKV(Pass):
         out = region.out
         q, k, v = parts(region)
         masks = [region.mask] if region.mask is not None else []
-        scale, ragged = argument(out, "scale") if region.fused else None, self.score == "bound"
+        scale, page = argument(out, "scale") if region.fused else None, self.page if self.score == "bound" else 1
 
         def attend(q: Any, k: Any, v: Any, at: Any, *mask: Any) -> Any:
-            return attend_selected(q, k, v, mask[0] if mask else None, at, scale, ragged)
+            return ATTEND_ROW(q, k, v, mask[0] if mask else None, at, page, scale)
 
         new = emit(out, attend, q, k, v, index, *masks) if region.fused else emit(out, attend_selected_logits, logits(region), v, index)
         new.meta = {**out.meta, "val": new.meta["val"]}

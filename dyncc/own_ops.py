@@ -1,0 +1,21 @@
+"""dyncc's own ops written out: engines and formats that do not know them get their truths in ATen."""
+
+from __future__ import annotations
+
+from dyncc.ir import Program, emit
+from dyncc.kernels.one_row import TRUTHS
+
+
+def spelled_out(program: Program) -> Program:
+    """The program itself, or a copy in which every op that has a truth is that truth."""
+    if not any(n.target in TRUTHS for n in program.graph.nodes):
+        return program
+    spelled = program.copy()
+    for node in [n for n in spelled.graph.nodes if n.target in TRUTHS]:
+        new = emit(node, TRUTHS[node.target], *node.args)
+        new.meta = {**node.meta, "val": new.meta["val"]}
+        node.replace_all_uses_with(new)
+        spelled.graph.erase_node(node)
+    spelled.graph.lint()
+    spelled.module.recompile()
+    return spelled

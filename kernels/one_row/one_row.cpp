@@ -1,0 +1,263 @@
+// One query row a head over cached keys, on a CPU: attention, scores of keys, bounds of pages, and the best of them.
+// In front of this text stand vectors.h, T, WIDTH and WIDTH_V (channels of keys and of values) and ROWS (heads that read the same keys).
+// Heads are taken ROWS at a time ("units"), so that each key is read once for all of them.
+namespace {
+
+constexpr int BLOCK = 128;          // keys whose weights are worked out together
+constexpr float LOWEST = -3.0e38f;   // stands for the largest logit while every key was hidden
+
+// out[r * step + j] = q[r] . k[at[j] * row] for eight keys and ROWS queries: each key is read once.
+inline void dots(const float* q, const T* k, const int64_t* at, int64_t row, float* out, int64_t step) {
+  constexpr int WHOLE = WIDTH / LANES * LANES;
+  vec part[ROWS][LANES];
+  for (int j = 0; j < LANES; ++j) {
+    const T* key = k + at[j] * row;
+    vec acc[ROWS] = {};
+    for (int i = 0; i < WHOLE; i += LANES) {
+      const vec x = load(key + i);
+      for (int r = 0; r < ROWS; ++r) acc[r] += x * load(q + r * WIDTH + i);
+    }
+    for (int r = 0; r < ROWS; ++r) part[r][j] = acc[r];
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    vec found = sums(part[r]);
+    for (int i = WHOLE; i < WIDTH; ++i)
+      for (int j = 0; j < LANES; ++j) found[j] += q[r * WIDTH + i] * scalar(k + at[j] * row + i);
+    std::memcpy(out + r * step, &found, sizeof found);
+  }
+}
+
+// acc[r] = acc[r] * shrink[r] + sum over j of w[r][j] * v[at[j] * row], PARTS vectors of all rows from channel c on.
+template <int PARTS>
+inline void weigh(float* acc, const float* shrink, const float (*w)[BLOCK], const T* v, const int64_t* at, int64_t row, int count, int c) {
+  vec held[ROWS][PARTS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < PARTS; ++i) held[r][i] = load(acc + r * WIDTH_V + c + i * LANES) * shrink[r];
+  for (int j = 0; j < count; ++j) {
+    const T* from = v + at[j] * row + c;
+    vec x[PARTS];
+    for (int i = 0; i < PARTS; ++i) x[i] = load(from + i * LANES);
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < PARTS; ++i) held[r][i] += x[i] * w[r][j];
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < PARTS; ++i) std::memcpy(acc + r * WIDTH_V + c + i * LANES, &held[r][i], sizeof(vec));
+}
+
+inline void weigh_all(float* acc, const float* shrink, const float (*w)[BLOCK], const T* v, const int64_t* at, int64_t row, int count) {
+  constexpr int PARTS = ROWS == 1 ? 8 : ROWS <= 3 ? 4 : ROWS <= 6 ? 2 : 1;  // as many sums as registers hold
+  int c = 0;
+  for (; c + PARTS * LANES <= WIDTH_V; c += PARTS * LANES) weigh<PARTS>(acc, shrink, w, v, at, row, count, c);
+  for (; c + LANES <= WIDTH_V; c += LANES) weigh<1>(acc, shrink, w, v, at, row, count, c);
+  for (; c < WIDTH_V; ++c)
+    for (int r = 0; r < ROWS; ++r) {
+      float x = acc[r * WIDTH_V + c] * shrink[r];
+      for (int j = 0; j < count; ++j) x += w[r][j] * scalar(v + at[j] * row + c);
+      acc[r * WIDTH_V + c] = x;
+    }
+}
+
+// The largest q.k of any key between the bounds.
+inline float bound(const float* q, const T* low, const T* high) {
+  constexpr int WHOLE = WIDTH / LANES * LANES;
+  vec total{};
+  for (int i = 0; i < WHOLE; i += LANES) {
+    vec x = load(q + i), side = x > 0.0f ? load(high + i) : load(low + i);
+    side = side < INFINITY ? (side > -INFINITY ? side : vec{}) : vec{};
+    total += x * side;
+  }
+  float found = sum(total);
+  for (int i = WHOLE; i < WIDTH; ++i) {
+    const float side = q[i] > 0 ? scalar(high + i) : scalar(low + i);
+    if (std::isfinite(side)) found += q[i] * side;
+  }
+  return found;
+}
+
+struct Keys {  // which keys a unit reads: all `keys` of them, or `count` that `index` names (keys, or pages of `page` keys)
+  const int64_t* index; int64_t count, page, keys;
+  int64_t total() const { return index ? count * page : keys; }
+  int fill(int64_t from, int64_t to, int64_t* at) const {
+    int n = 0;
+    for (int64_t c = from; c < to; ++c) {
+      int64_t key = !index ? c : page == 1 ? index[c] : index[c / page] * page + c % page;
+      if (key < keys) at[n++] = key;
+    }
+    return n;
+  }
+};
+
+inline void to_float(const T* q, float scale, float* out, int width) { for (int i = 0; i < width; ++i) out[i] = scalar(q + i) * scale; }
+
+// One unit over candidates [from, to): largest logits, sums of exponentials, weighted sums of values.
+void attend_part(const float* q, const T* k, const T* v, const uint8_t* visible, const float* bias, int64_t mask_step, Keys keys, int64_t from, int64_t to,
+                 int64_t step_k, int64_t step_v, float* top, float* mass, float* acc) {
+  int64_t at[BLOCK];
+  alignas(32) float w[ROWS][BLOCK];
+  for (int r = 0; r < ROWS; ++r) { top[r] = LOWEST; mass[r] = 0; std::fill(acc + r * WIDTH_V, acc + (r + 1) * WIDTH_V, 0.0f); }
+  for (int64_t start = from; start < to; start += BLOCK) {
+    const int count = keys.fill(start, std::min(start + BLOCK, to), at);
+    if (!count) continue;
+    for (int j = count; j < BLOCK; ++j) at[j] = at[count - 1];  // read twice, weighed not
+    const int whole = (count + LANES - 1) / LANES * LANES;
+    for (int j = 0; j < whole; j += LANES) dots(q, k, at + j, step_k, &w[0][j], BLOCK);
+    float shrink[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      if (visible) for (int j = 0; j < count; ++j) w[r][j] = visible[r * mask_step + at[j]] ? w[r][j] : -INFINITY;
+      if (bias) for (int j = 0; j < count; ++j) w[r][j] += bias[r * mask_step + at[j]];
+      for (int j = count; j < whole; ++j) w[r][j] = -INFINITY;
+      float most = top[r];
+      for (int j = 0; j < count; ++j) most = std::max(most, w[r][j]);
+      shrink[r] = exp_negative(vec{} + (top[r] - most))[0];
+      vec total{};
+      for (int j = 0; j < whole; j += LANES) {
+        vec x = exp_negative(load(&w[r][j]) - most);
+        std::memcpy(&w[r][j], &x, sizeof x);
+        total += x;
+      }
+      top[r] = most;
+      mass[r] = mass[r] * shrink[r] + sum(total);
+    }
+    weigh_all(acc, shrink, w, v, at, step_v, count);
+  }
+}
+
+}  // namespace
+
+struct Sizes { int64_t batch, heads, groups, keys, threads; };
+struct Steps { int64_t batch, head, row; };
+
+// out [B, H, WIDTH_V] = softmax(q k' scale + mask) v over the chosen keys; rows that see nothing are 0. index [B, choices, count] or null.
+extern "C" void attend(const T* q, const T* k, const T* v, T* out, const uint8_t* visible, const float* bias, const int64_t* index,
+                       const Sizes* sizes, const Steps* of_k, const Steps* of_v, const Steps* of_mask, int64_t choices, int64_t count, int64_t page, float scale) {
+  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys, threads = sizes->threads;
+  const int64_t units = heads / ROWS, total = index ? count * page : keys;
+  const int64_t wanted = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, batch * units));
+  const int64_t size = std::max<int64_t>(4 * BLOCK, (total + wanted * BLOCK - 1) / (wanted * BLOCK) * BLOCK);
+  const int64_t parts = std::max<int64_t>(1, (total + size - 1) / size), held = ROWS * (WIDTH_V + 2);
+  std::vector<float> scratch(batch * units * parts * held);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t item = 0; item < batch * units * parts; ++item) {
+    const int64_t part = item % parts, unit = item / parts % units, b = item / parts / units;
+    const int64_t group = unit * ROWS / (heads / groups), choice = choices ? unit * choices / units : 0;
+    const int64_t hidden = b * of_mask->batch + unit * ROWS * of_mask->head;
+    float rows[ROWS * WIDTH];
+    for (int r = 0; r < ROWS; ++r) to_float(q + ((b * heads) + unit * ROWS + r) * WIDTH, scale, rows + r * WIDTH, WIDTH);
+    float* to = scratch.data() + item * held;
+    Keys chosen{index ? index + (b * choices + choice) * count : nullptr, count, page, keys};
+    attend_part(rows, k + b * of_k->batch + group * of_k->head, v + b * of_v->batch + group * of_v->head,
+                visible ? visible + hidden : nullptr, bias ? bias + hidden : nullptr, of_mask->head, chosen,
+                part * size, std::min(total, (part + 1) * size), of_k->row, of_v->row, to, to + ROWS, to + 2 * ROWS);
+  }
+  for (int64_t u = 0; u < batch * units; ++u)
+    for (int r = 0; r < ROWS; ++r) {
+      const float* from = scratch.data() + u * parts * held;
+      float top = LOWEST, mass = 0, acc[WIDTH_V] = {};
+      for (int64_t p = 0; p < parts; ++p) top = std::max(top, from[p * held + r]);
+      for (int64_t p = 0; p < parts; ++p) {
+        const float share = std::exp(from[p * held + r] - top);
+        mass += share * from[p * held + ROWS + r];
+        for (int c = 0; c < WIDTH_V; ++c) acc[c] += share * from[p * held + 2 * ROWS + r * WIDTH_V + c];
+      }
+      for (int c = 0; c < WIDTH_V; ++c) put(out + (u * ROWS + r) * WIDTH_V + c, mass > 0 || mass != mass ? acc[c] / mass : 0.0f);
+    }
+}
+
+// out [B, choices, N]: the mean over each choice's heads of q.k scale, or (vote) of their softmax over the visible keys.
+extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* visible, const Sizes* sizes, const Steps* of_k, int64_t mask_step,
+                           int64_t choices, int64_t vote, float scale) {
+  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys, threads = sizes->threads;
+  const int64_t units = heads / ROWS, chunk = 4 * BLOCK, chunks = (keys + chunk - 1) / chunk, share = heads / choices;
+  const int64_t room = chunks * chunk;  // whole vectors, filled up with hidden keys
+  std::vector<float> logits(batch * heads * room, -INFINITY), top(batch * heads), mass(batch * heads, 1.0f);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for collapse(2)
+    for (int64_t unit = 0; unit < batch * units; ++unit)
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t b = unit / units, head = unit % units * ROWS;
+        float rows[ROWS * WIDTH];
+        for (int r = 0; r < ROWS; ++r) to_float(q + (b * heads + head + r) * WIDTH, scale, rows + r * WIDTH, WIDTH);
+        const T* from = k + b * of_k->batch + head / (heads / groups) * of_k->head;
+        float* to = logits.data() + (b * heads + head) * room;
+        for (int64_t j = c * chunk; j < std::min(keys, (c + 1) * chunk); j += LANES) {
+          int64_t at[LANES];
+          for (int i = 0; i < LANES; ++i) at[i] = std::min(j + i, keys - 1);
+          dots(rows, from, at, of_k->row, to + j, room);
+          for (int i = 0; i < LANES; ++i)
+            if (j + i >= keys || (vote && visible && !visible[b * mask_step + j + i]))
+              for (int r = 0; r < ROWS; ++r) to[r * room + j + i] = -INFINITY;
+        }
+      }
+    if (vote) {
+#pragma omp for
+      for (int64_t row = 0; row < batch * heads; ++row) {
+        float* x = logits.data() + row * room;
+        float most = LOWEST;
+        for (int64_t j = 0; j < keys; ++j) most = std::max(most, x[j]);
+        vec total{};
+        for (int64_t j = 0; j < room; j += LANES) {
+          vec w = exp_negative(load(x + j) - most);
+          std::memcpy(x + j, &w, sizeof w);
+          total += w;
+        }
+        mass[row] = sum(total);
+      }
+    }
+#pragma omp for collapse(2)
+    for (int64_t choice = 0; choice < batch * choices; ++choice)
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t j = c * chunk; j < std::min(keys, (c + 1) * chunk); ++j) {
+          float total = 0;
+          for (int64_t h = choice * share; h < (choice + 1) * share; ++h) total += logits[h * room + j] / mass[h];
+          out[choice * keys + j] = total / share;
+        }
+  }
+}
+
+// out [B, choices, pages]: the mean over each choice's heads of the largest q.k that a page's bounds allow; infinite bounds count as 0.
+extern "C" void score_pages(const T* q, const T* low, const T* high, float* out, const Sizes* sizes, const Steps* of_low, const Steps* of_high,
+                            int64_t choices) {
+  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, pages = sizes->keys, threads = sizes->threads;
+  const int64_t share = heads / choices, chunk = BLOCK, chunks = (pages + chunk - 1) / chunk;
+#pragma omp parallel for collapse(2) num_threads(threads)
+  for (int64_t choice = 0; choice < batch * choices; ++choice)
+    for (int64_t c = 0; c < chunks; ++c) {
+      float totals[BLOCK] = {};
+      const int64_t b = choice / choices, end = std::min(pages, (c + 1) * chunk);
+      for (int64_t h = choice % choices * share; h < (choice % choices + 1) * share; ++h) {
+        float row[WIDTH];
+        to_float(q + (b * heads + h) * WIDTH, 1.0f, row, WIDTH);
+        const int64_t group = h / (heads / groups);
+        for (int64_t p = c * chunk; p < end; ++p)
+          totals[p - c * chunk] += bound(row, low + b * of_low->batch + group * of_low->head + p * of_low->row,
+                                         high + b * of_high->batch + group * of_high->head + p * of_high->row);
+      }
+      for (int64_t p = c * chunk; p < end; ++p) out[choice * pages + p] = totals[p - c * chunk] / share;
+    }
+}
+
+// out [B, choices, count]: the best `count` of `keys` scores, sorted by index, ties to the lower one; sinks and recents of the visible keys first.
+extern "C" void select_best(const float* score, const uint8_t* visible, int64_t* out, int64_t batch, int64_t choices, int64_t keys, int64_t mask_step,
+                            int64_t count, int64_t sinks, int64_t recents, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < batch * choices; ++row) {
+    const uint8_t* shown = visible ? visible + row / choices * mask_step : nullptr;
+    std::vector<float> x(keys), sorted;
+    int64_t seen = shown ? 0 : keys, rank = 0;
+    if (shown) for (int64_t j = 0; j < keys; ++j) seen += shown[j] != 0;
+    for (int64_t j = 0; j < keys; ++j) {
+      const float s = score[row * keys + j];
+      const bool shows = !shown || shown[j];
+      rank += shows;
+      x[j] = !shows ? -INFINITY : rank <= sinks || rank > seen - recents ? INFINITY : s != s ? 0.0f : std::min(1e30f, std::max(-1e30f, s));
+    }
+    sorted = x;
+    std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<float>());
+    const float least = sorted[count - 1];
+    int64_t ties = count, *to = out + row * count;
+    for (float s : x) ties -= s > least;
+    for (int64_t j = 0; j < keys; ++j)
+      if (x[j] > least || (x[j] == least && ties-- > 0)) *to++ = j;
+  }
+}
