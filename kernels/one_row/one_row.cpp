@@ -6,6 +6,10 @@ namespace {
 constexpr int BLOCK = 128;          // keys whose weights are worked out together
 constexpr float LOWEST = -3.0e38f;   // stands for the largest logit while every key was hidden
 
+template <int N> inline void fetch(const T* row) {
+  for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
 // out[r * step + j] = q[r] . k[at[j] * row] for eight keys and ROWS queries: each key is read once.
 inline void dots(const float* q, const T* k, const int64_t* at, int64_t row, float* out, int64_t step) {
   constexpr int WHOLE = WIDTH / LANES * LANES;
@@ -100,7 +104,15 @@ void attend_part(const float* q, const T* k, const T* v, const uint8_t* visible,
     if (!count) continue;
     for (int j = count; j < BLOCK; ++j) at[j] = at[count - 1];  // read twice, weighed not
     const int whole = (count + LANES - 1) / LANES * LANES;
-    for (int j = 0; j < whole; j += LANES) dots(q, k, at + j, step_k, &w[0][j], BLOCK);
+    for (int j = 0; j < whole; j += LANES) {
+      if (keys.index) {  // rows that lie apart: those that come next, and the values that will be wanted
+        for (int i = j; i < j + LANES; ++i) {
+          fetch<WIDTH>(k + at[std::min(i + LANES, BLOCK - 1)] * step_k);
+          fetch<WIDTH_V>(v + at[i] * step_v);
+        }
+      }
+      dots(q, k, at + j, step_k, &w[0][j], BLOCK);
+    }
     float shrink[ROWS];
     for (int r = 0; r < ROWS; ++r) {
       if (visible) for (int j = 0; j < count; ++j) w[r][j] = visible[r * mask_step + at[j]] ? w[r][j] : -INFINITY;
@@ -163,13 +175,26 @@ extern "C" void attend(const T* q, const T* k, const T* v, T* out, const uint8_t
     }
 }
 
+// out[j] = mean over rows of x[row * room + j] / mass[row], for j in [from, to)
+static void mean_of(const float* x, const float* mass, int64_t rows, int64_t room, int64_t from, int64_t to, float* out) {
+  float totals[4 * BLOCK] = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    const float factor = 1.0f / (mass[row] * rows);
+    for (int64_t j = from; j < to; ++j) totals[j - from] += x[row * room + j] * factor;
+  }
+  std::copy(totals, totals + (to - from), out + from);
+}
+
 // out [B, choices, N]: the mean over each choice's heads of q.k scale, or (vote) of their softmax over the visible keys.
 extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* visible, const Sizes* sizes, const Steps* of_k, int64_t mask_step,
                            int64_t choices, int64_t vote, float scale) {
   const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys, threads = sizes->threads;
   const int64_t units = heads / ROWS, chunk = 4 * BLOCK, chunks = (keys + chunk - 1) / chunk, share = heads / choices;
   const int64_t room = chunks * chunk;  // whole vectors, filled up with hidden keys
-  std::vector<float> logits(batch * heads * room, -INFINITY), top(batch * heads), mass(batch * heads, 1.0f);
+  static thread_local std::vector<float> kept;  // not allocated anew for every layer
+  kept.resize(std::max<size_t>(kept.size(), batch * heads * room));
+  float* const logits = kept.data();
+  std::vector<float> mass(batch * heads, 1.0f);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for collapse(2)
@@ -179,7 +204,7 @@ extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* vi
         float rows[ROWS * WIDTH];
         for (int r = 0; r < ROWS; ++r) to_float(q + (b * heads + head + r) * WIDTH, scale, rows + r * WIDTH, WIDTH);
         const T* from = k + b * of_k->batch + head / (heads / groups) * of_k->head;
-        float* to = logits.data() + (b * heads + head) * room;
+        float* to = logits + (b * heads + head) * room;
         for (int64_t j = c * chunk; j < std::min(keys, (c + 1) * chunk); j += LANES) {
           int64_t at[LANES];
           for (int i = 0; i < LANES; ++i) at[i] = std::min(j + i, keys - 1);
@@ -192,11 +217,11 @@ extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* vi
     if (vote) {
 #pragma omp for
       for (int64_t row = 0; row < batch * heads; ++row) {
-        float* x = logits.data() + row * room;
+        float* x = logits + row * room;
         float most = LOWEST;
         for (int64_t j = 0; j < keys; ++j) most = std::max(most, x[j]);
         vec total{};
-        for (int64_t j = 0; j < room; j += LANES) {
+        for (int64_t j = 0; j < keys; j += LANES) {  // up to whole vectors, which hidden keys fill up
           vec w = exp_negative(load(x + j) - most);
           std::memcpy(x + j, &w, sizeof w);
           total += w;
@@ -207,11 +232,8 @@ extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* vi
 #pragma omp for collapse(2)
     for (int64_t choice = 0; choice < batch * choices; ++choice)
       for (int64_t c = 0; c < chunks; ++c)
-        for (int64_t j = c * chunk; j < std::min(keys, (c + 1) * chunk); ++j) {
-          float total = 0;
-          for (int64_t h = choice * share; h < (choice + 1) * share; ++h) total += logits[h * room + j] / mass[h];
-          out[choice * keys + j] = total / share;
-        }
+        mean_of(logits + choice * share * room, mass.data() + choice * share, share, room, c * chunk, std::min(keys, (c + 1) * chunk),
+                out + choice * keys);
   }
 }
 
