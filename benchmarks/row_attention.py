@@ -59,8 +59,8 @@ def plain_sum(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> Any
 def share_read(name: str, keys: int) -> float:
     """Bytes that must be read, over those of all keys and values."""
     policy, _, budget = name.partition(" ")
-    chosen = min(1.0, float(budget or keys) / keys)
-    return {"tokenselect": 0.5 + chosen, "quest": 1 / PAGE + chosen, "evicted": chosen}.get(policy, 1.0)
+    scores = {"tokenselect": 0.5, "quest": 1 / PAGE, "evicted": 0.0}
+    return scores[policy] + min(1.0, int(budget) / keys) if policy in scores else 1.0
 
 
 def layers(batch: int, keys: int, dtype: torch.dtype) -> list[Layer]:

@@ -21,7 +21,7 @@ ROOMS = {"dyncc": "dyncc", "dyncc.passes": "passes", "dyncc.kernels": "kernels",
 STAGES = (
     ("base", ("errors", "options", "outputs", "verdicts", "evidence", "timing", "weights")),
     ("kernels", ("kernels",)),
-    ("capture", ("ir", "capture", "canonical", "exported", "serialised")),
+    ("capture", ("ir", "capture", "canonical", "exported", "own_ops", "serialised")),
     ("analysis", ("analysis", "flops")),
     ("rewrite", ("rewrite", "restrict", "masked", "passes", "pipeline", "catalogue")),
     ("backends", ("backends",)),

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <vector>
+#include <omp.h>
 
 namespace {
 

@@ -91,6 +91,23 @@ struct Keys {  // which keys a unit reads: all `keys` of them, or `count` that `
   }
 };
 
+double wake_seconds() {
+  double least = 1;
+  for (int i = 0; i < 16; ++i) {
+    const double start = omp_get_wtime();
+#pragma omp parallel num_threads(2)
+    { }
+    least = std::min(least, omp_get_wtime() - start);
+  }
+  return least;
+}
+
+// How many threads are worth waking to read so many bytes, at 10 GB/s each: where threads sleep between calls, waking is dear.
+inline int64_t worth(int64_t bytes, int64_t threads) {
+  static const double wake = wake_seconds();
+  return bytes * 1e-10 * (threads - 1) / threads > wake ? threads : 1;
+}
+
 inline void to_float(const T* q, float scale, float* out, int width) { for (int i = 0; i < width; ++i) out[i] = scalar(q + i) * scale; }
 
 // One unit over candidates [from, to): largest logits, sums of exponentials, weighted sums of values.
@@ -142,8 +159,9 @@ struct Steps { int64_t batch, head, row; };
 // out [B, H, WIDTH_V] = softmax(q k' scale + mask) v over the chosen keys; rows that see nothing are 0. index [B, choices, count] or null.
 extern "C" void attend(const T* q, const T* k, const T* v, T* out, const uint8_t* visible, const float* bias, const int64_t* index,
                        const Sizes* sizes, const Steps* of_k, const Steps* of_v, const Steps* of_mask, int64_t choices, int64_t count, int64_t page, float scale) {
-  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys, threads = sizes->threads;
+  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys;
   const int64_t units = heads / ROWS, total = index ? count * page : keys;
+  const int64_t threads = worth(batch * units * total * (WIDTH + WIDTH_V) * sizeof(T), sizes->threads);
   const int64_t wanted = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, batch * units));
   const int64_t size = std::max<int64_t>(4 * BLOCK, (total + wanted * BLOCK - 1) / (wanted * BLOCK) * BLOCK);
   const int64_t parts = std::max<int64_t>(1, (total + size - 1) / size), held = ROWS * (WIDTH_V + 2);
@@ -175,73 +193,70 @@ extern "C" void attend(const T* q, const T* k, const T* v, T* out, const uint8_t
     }
 }
 
-// out[j] = mean over rows of x[row * room + j] / mass[row], for j in [from, to)
-static void mean_of(const float* x, const float* mass, int64_t rows, int64_t room, int64_t from, int64_t to, float* out) {
-  float totals[4 * BLOCK] = {};
-  for (int64_t row = 0; row < rows; ++row) {
-    const float factor = 1.0f / (mass[row] * rows);
-    for (int64_t j = from; j < to; ++j) totals[j - from] += x[row * room + j] * factor;
+// One unit's logits of keys [from, to); with `vote` their exponentials, each row's against its own largest logit, which `top` keeps.
+inline void score_part(const float* q, const T* k, int64_t step, const uint8_t* visible, int64_t from, int64_t to, bool vote, float* x,
+                       int64_t room, float* top, float* mass, int64_t parts) {
+  for (int64_t j = from; j < to; j += LANES) {
+    int64_t at[LANES];
+    for (int i = 0; i < LANES; ++i) at[i] = std::min(j + i, to - 1);
+    dots(q, k, at, step, x + j, room);
+    for (int i = 0; i < LANES; ++i)
+      if (j + i >= to || (vote && visible && !visible[j + i]))
+        for (int r = 0; r < ROWS; ++r) x[r * room + j + i] = -INFINITY;
   }
-  std::copy(totals, totals + (to - from), out + from);
+  for (int r = 0; vote && r < ROWS; ++r) {
+    float* row = x + r * room;
+    float most = LOWEST;
+    for (int64_t j = from; j < to; ++j) most = std::max(most, row[j]);
+    vec total{};
+    for (int64_t j = from; j < to; j += LANES) {
+      const vec w = exp_negative(load(row + j) - most);
+      std::memcpy(row + j, &w, sizeof w);
+      total += w;
+    }
+    top[r * parts] = most;
+    mass[r * parts] = sum(total);
+  }
 }
 
 // out [B, choices, N]: the mean over each choice's heads of q.k scale, or (vote) of their softmax over the visible keys.
 extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* visible, const Sizes* sizes, const Steps* of_k, int64_t mask_step,
                            int64_t choices, int64_t vote, float scale) {
-  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys, threads = sizes->threads;
-  const int64_t units = heads / ROWS, chunk = 4 * BLOCK, chunks = (keys + chunk - 1) / chunk, share = heads / choices;
-  const int64_t room = chunks * chunk;  // whole vectors, filled up with hidden keys
+  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys;
+  const int64_t units = heads / ROWS, chunk = 4 * BLOCK, parts = (keys + chunk - 1) / chunk, share = heads / choices;
+  const int64_t room = parts * chunk, awake = worth(batch * groups * keys * WIDTH * sizeof(T), sizes->threads);
   static thread_local std::vector<float> kept;  // not allocated anew for every layer
   kept.resize(std::max<size_t>(kept.size(), batch * heads * room));
   float* const logits = kept.data();
-  std::vector<float> mass(batch * heads, 1.0f);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for collapse(2)
-    for (int64_t unit = 0; unit < batch * units; ++unit)
-      for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t b = unit / units, head = unit % units * ROWS;
-        float rows[ROWS * WIDTH];
-        for (int r = 0; r < ROWS; ++r) to_float(q + (b * heads + head + r) * WIDTH, scale, rows + r * WIDTH, WIDTH);
-        const T* from = k + b * of_k->batch + head / (heads / groups) * of_k->head;
-        float* to = logits + (b * heads + head) * room;
-        for (int64_t j = c * chunk; j < std::min(keys, (c + 1) * chunk); j += LANES) {
-          int64_t at[LANES];
-          for (int i = 0; i < LANES; ++i) at[i] = std::min(j + i, keys - 1);
-          dots(rows, from, at, of_k->row, to + j, room);
-          for (int i = 0; i < LANES; ++i)
-            if (j + i >= keys || (vote && visible && !visible[b * mask_step + j + i]))
-              for (int r = 0; r < ROWS; ++r) to[r * room + j + i] = -INFINITY;
-        }
-      }
-    if (vote) {
-#pragma omp for
-      for (int64_t row = 0; row < batch * heads; ++row) {
-        float* x = logits + row * room;
-        float most = LOWEST;
-        for (int64_t j = 0; j < keys; ++j) most = std::max(most, x[j]);
-        vec total{};
-        for (int64_t j = 0; j < keys; j += LANES) {  // up to whole vectors, which hidden keys fill up
-          vec w = exp_negative(load(x + j) - most);
-          std::memcpy(x + j, &w, sizeof w);
-          total += w;
-        }
-        mass[row] = sum(total);
-      }
+  std::vector<float> top(batch * heads * parts), mass(batch * heads * parts, 1.0f);
+#pragma omp parallel for collapse(2) num_threads(awake)
+  for (int64_t unit = 0; unit < batch * units; ++unit)
+    for (int64_t c = 0; c < parts; ++c) {
+      const int64_t b = unit / units, head = unit % units * ROWS, row = b * heads + head;
+      float rows[ROWS * WIDTH];
+      for (int r = 0; r < ROWS; ++r) to_float(q + (row + r) * WIDTH, scale, rows + r * WIDTH, WIDTH);
+      score_part(rows, k + b * of_k->batch + head / (heads / groups) * of_k->head, of_k->row, visible ? visible + b * mask_step : nullptr,
+                 c * chunk, std::min(keys, (c + 1) * chunk), vote, logits + row * room, room, &top[row * parts + c], &mass[row * parts + c], parts);
     }
-#pragma omp for collapse(2)
-    for (int64_t choice = 0; choice < batch * choices; ++choice)
-      for (int64_t c = 0; c < chunks; ++c)
-        mean_of(logits + choice * share * room, mass.data() + choice * share, share, room, c * chunk, std::min(keys, (c + 1) * chunk),
-                out + choice * keys);
+  for (int64_t row = 0; row < batch * heads; ++row) {
+    float* const to = out + row / share * keys;
+    float most = LOWEST, total = 0;
+    for (int64_t c = 0; c < parts; ++c) most = std::max(most, top[row * parts + c]);
+    for (int64_t c = 0; c < parts; ++c) total += mass[row * parts + c] * std::exp(top[row * parts + c] - most);
+    if (row % share == 0) std::fill(to, to + keys, 0.0f);
+    for (int64_t c = 0; c < parts; ++c) {
+      const float factor = (vote ? std::exp(top[row * parts + c] - most) / total : 1.0f) / share;
+      for (int64_t j = c * chunk; j < std::min(keys, (c + 1) * chunk); ++j) to[j] += logits[row * room + j] * factor;
+    }
   }
 }
 
 // out [B, choices, pages]: the mean over each choice's heads of the largest q.k that a page's bounds allow; infinite bounds count as 0.
 extern "C" void score_pages(const T* q, const T* low, const T* high, float* out, const Sizes* sizes, const Steps* of_low, const Steps* of_high,
                             int64_t choices) {
-  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, pages = sizes->keys, threads = sizes->threads;
+  const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, pages = sizes->keys;
   const int64_t share = heads / choices, chunk = BLOCK, chunks = (pages + chunk - 1) / chunk;
+  const int64_t threads = worth(2 * batch * heads * pages * WIDTH * sizeof(T), sizes->threads);
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (int64_t choice = 0; choice < batch * choices; ++choice)
     for (int64_t c = 0; c < chunks; ++c) {
@@ -262,8 +277,9 @@ extern "C" void score_pages(const T* q, const T* low, const T* high, float* out,
 // out [B, choices, count]: the best `count` of `keys` scores, sorted by index, ties to the lower one; sinks and recents of the visible keys first.
 extern "C" void select_best(const float* score, const uint8_t* visible, int64_t* out, int64_t batch, int64_t choices, int64_t keys, int64_t mask_step,
                             int64_t count, int64_t sinks, int64_t recents, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t row = 0; row < batch * choices; ++row) {
+  const int64_t rows = batch * choices, awake = rows > 1 ? worth(16 * rows * keys * sizeof(float), threads) : 1;
+#pragma omp parallel for num_threads(awake)
+  for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* shown = visible ? visible + row / choices * mask_step : nullptr;
     std::vector<float> x(keys), sorted;
     int64_t seen = shown ? 0 : keys, rank = 0;
