@@ -296,6 +296,7 @@ def test_a_prompt_in_chunks_keeps_what_one_prompt_keeps() -> None:
     torch.testing.assert_close(*kept, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_two_sequences_do_not_leak_copies_go_on_apart_and_a_reset_forgets() -> None:
     run, calls = compiled(tiny_llama()), conversation((20, *[1] * 6), pads=0, batch=1)
     alone, a = [], dyncc.KVCache("h2o{budget=12 recents=4}")

@@ -11,14 +11,13 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 AGAINST_TRUTH = """
-import itertools, torch
+import torch
 from dyncc.kernels.select_keys import attend_selected, page_bounds, page_keys, page_scores, select_keys
 from dyncc.kernels.select_keys.triton_pages import attend, score
 generator = torch.Generator().manual_seed(0)
 count = 0
-for heads, groups, width, keys, page, share in itertools.product((6,), (1, 3), (24,), (70,), (4,), ("layer", "head")):
-    if heads % groups:
-        continue
+heads, width, keys, page = 6, 24, 70, 4
+for groups, share in ((1, "head"), (3, "layer")):
     q, k, v = (torch.randn(2, h, n, width, generator=generator) for h, n in ((heads, 1), (groups, keys), (groups, keys)))
     low, high = page_bounds(k, page)
     torch.testing.assert_close(score(q, low, high), page_scores(q, low, high, "head"), rtol=1e-5, atol=1e-5)
@@ -38,7 +37,7 @@ def test_the_kernels_compute_their_truths_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", AGAINST_TRUTH], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "compared 4"
+    assert done.stdout.strip() == "compared 2"
 
 
 TARGETS = [(90, "bf16"), pytest.param(80, "bf16", marks=pytest.mark.full), pytest.param(90, "fp32", marks=pytest.mark.full)]
