@@ -18,9 +18,12 @@ from dyncc.analysis.facts import Facts
 from dyncc.analysis.layers import Layer, Stack
 from dyncc.ir import Program, argument, op_name, output_node, outputs
 from dyncc.options import Keep, Layers, settle
+from dyncc.kernels.thin_keys import THIN
+from dyncc.passes.cache_rows import hold_short, marks, read_held
 from dyncc.passes.cut import Cut, Kept, make_cut
 from dyncc.passes.padding import padding_input, real_rows
 from dyncc.passes.reads import Reads, output_reads
+from dyncc.pipeline import render
 from dyncc.restrict import Plan, Refusal, plan_forward
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -53,7 +56,19 @@ class PruneTokens(Pass):
         settle(self)
 
     def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
-        """Prune every stack of layers that it fits; refuse when it fits none."""
+        """Prune every stack of layers that it fits; refuse when it fits none. Where a cache was made with this pass, it gets the rows that
+        stayed, and its later steps read them."""
+        text = render([self])
+        found = marks(program.graph, text)
+        if found and all(argument(n, "dense") is None for n in found):
+            served = read_held(program.graph, facts, text)
+            return PassResult(served, served)
+        result, cuts = self._prune_all(program, facts, context)
+        if found:
+            hold_short(program.graph, cuts, text)
+        return result
+
+    def _prune_all(self, program: Program, facts: Facts, context: Context) -> tuple[PassResult, list[Cut]]:
         if not facts.stacks:
             raise Refusal(facts.misses[0] if facts.misses else "no attention layers were found")
         cuts: list[Cut] = []
@@ -74,7 +89,8 @@ class PruneTokens(Pass):
         if context.trace:
             _trace(program, cuts)
         reason = "keep=1.0 keeps every token: nothing to remove" if not cuts else ""
-        return PassResult(done, len(facts.stacks), reason, tuple(misses), tuple(c.plain() for c in cuts), frozenset(shortened))
+        plain = tuple(c.plain() for c in cuts)
+        return PassResult(done, len(facts.stacks), reason, tuple(misses), plain, frozenset(shortened)), cuts
 
     def _prune(self, program: Program, facts: Facts, stack: Stack) -> tuple[list[Cut], set[int]]:
         schedule = self.layers.schedule(self.keep, len(stack.layers) + len(stack.tail))
@@ -129,7 +145,7 @@ class PruneTokens(Pass):
         regions = (*(x.attention for x in stack.layers if x.index >= layer.index), *stack.tail)
 
         def harmless(node: fx.Node, read: Read) -> bool:
-            return node in reads.nodes
+            return node in reads.nodes or node.target is THIN
 
         if self.fill in ("auto", "drop") and all(c.stop is None for c in earlier):
             try:
@@ -140,7 +156,7 @@ class PruneTokens(Pass):
                 if self.fill == "drop":
                     raise
         stop = stack.layers[-1].end
-        plan = plan_forward(axes, axis, at, stack.dim, stop, regions, lambda node, read: False)
+        plan = plan_forward(axes, axis, at, stack.dim, stop, regions, lambda node, read: node.target is THIN)
         _check_inside(plan, stop)
         return ("carry" if self.fill == "auto" else self.fill), plan, stop
 

@@ -307,6 +307,20 @@ def scatter(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return _in_place_of(node, slots, read, "writes positions along it")
 
 
+@rule("thin")
+def thin(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
+    """Which rows of the keys and values stay is what a pass that prunes knows."""
+    links = [Link(i, 0, i) for i in (0, 1, 3)]
+    return OpAxes(links=links, reads=[Read(slot, 2, "picks rows of it") for slot in (0, 1)])
+
+
+@rule("spread")
+def spread(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
+    """Stands for its last operand where that is given; else its rows are those of a text that is nowhere in the graph."""
+    dense = isinstance(argument(node, "dense"), fx.Node)
+    return OpAxes(links=[Link(i, 2 if dense else 0, i) for i in range(4) if dense or i != 2])
+
+
 @rule("embedding")
 def embedding(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     rank = len(shape(node))

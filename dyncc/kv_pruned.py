@@ -1,0 +1,81 @@
+"""What a cache layer behind a cut of `prune-tokens` knows of its prompt: which rows of it are held, and where they stood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyncc.passes.cut import row_count
+from dyncc.pipeline import render
+
+
+@dataclass(frozen=True)
+class PromptCuts:
+    """Behind which layers `prune-tokens` keeps how many rows, `fixed` of them whatever their scores; `text` names the pass."""
+
+    cuts: tuple[tuple[int, int | float], ...]
+    fixed: int
+    text: str
+
+    @classmethod
+    def of(cls, passed: Any) -> PromptCuts:
+        """Of a decoder that is asked for the logits of its last row."""
+        schedule = passed.layers.schedule(passed.keep, 1 + max(passed.layers.places))
+        fixed = max(passed.sinks, int(passed.score == "cls-attention")) + max(passed.recents, 1)
+        return cls(tuple((layer, keep) for layer, keep in schedule if keep != 1.0), fixed, render([passed]))
+
+    def rows_held(self, total: Any, layer: int) -> Any:
+        """How many rows of a prompt of `total` a layer holds; None where it stands in front of all cuts, or none of them drops a row."""
+        if all(cut >= layer for cut, _ in self.cuts) or all(isinstance(keep, int) and total <= keep for _, keep in self.cuts):
+            return None
+        for cut, keep in self.cuts:
+            if cut < layer:
+                total = row_count(keep, total, self.fixed)
+        return total
+
+
+class PrunedPrompt:
+    """`origin` [B, P]: the places in the text of the P rows that a layer holds of its prompt, -1 for rows that nobody may see; None while
+    the layer holds every row."""
+
+    def __init__(self, cuts: PromptCuts) -> None:
+        self.cuts = cuts
+        self.origin: Tensor | None = None
+
+    def thin(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """What layer number `layer` holds of a prompt's keys and values [B, G, T, D]."""
+        held = self.cuts.rows_held(keys.shape[2], layer)
+        if held is not None:
+            keys, values, self.origin = torch.ops.dyncc.thin(keys, values, held, self.cuts.text)
+        return keys, values
+
+    def spread(self, held: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor]:
+        """The rows held, marked as what stands for a text of `length` tokens (`dense`: its keys and values, in the prompt itself)."""
+        if self.origin is None:
+            return held
+        keys, values = dense if dense is not None else (None, None)
+        return (
+            torch.ops.dyncc.spread(held[0], self.origin, keys, length, self.cuts.text),
+            torch.ops.dyncc.spread(held[1], self.origin, values, length, self.cuts.text),
+        )
+
+    @property
+    def rows(self) -> int:
+        """How many of the rows held are the prompt's; they cannot be cropped."""
+        return self.origin.shape[1] if self.origin is not None else 0
+
+    def change(self, edit: Callable[[Tensor], Tensor]) -> None:
+        self.origin = edit(self.origin) if self.origin is not None else None
+
+    def forget(self) -> None:
+        """Another text comes, or every layer holds equally many rows from now on."""
+        self.origin = None
+
+    def copy(self) -> PrunedPrompt:
+        other = PrunedPrompt(self.cuts)
+        other.origin = self.origin
+        return other
