@@ -135,7 +135,7 @@ class PolicyLayer(GrowingLayer):
         return twin
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, number: int = 0, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Drop what is due, append [B, G, T, D] to layer `number`, and mark the keys for the passes that dyncc runs on the compiled model."""
+        """Drop what is due, append the rows [B, G, T, D] of layer `number`, and mark what dyncc serves in the compiled model."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows: int = key_states.shape[2]

@@ -17,8 +17,8 @@ from dyncc.analysis.axes import Axes, Read
 from dyncc.analysis.facts import Facts
 from dyncc.analysis.layers import Layer, Stack
 from dyncc.ir import Program, argument, op_name, output_node, outputs
-from dyncc.options import Keep, Layers, settle
 from dyncc.kernels.thin_keys import THIN
+from dyncc.options import Keep, Layers, settle
 from dyncc.passes.cache_rows import hold_short, marks, read_held
 from dyncc.passes.cut import Cut, Kept, make_cut
 from dyncc.passes.padding import padding_input, real_rows
