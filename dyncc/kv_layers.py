@@ -134,7 +134,9 @@ class PolicyLayer(GrowingLayer):
         twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store), "bounds": bounds, "pruned": pruned}
         return twin
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, number: int = 0, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, number: int = 0, first: int = 0, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Drop what is due, append the rows [B, G, T, D] of layer `number`, and mark what dyncc serves in the compiled model."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -151,7 +153,7 @@ class PolicyLayer(GrowingLayer):
         if self.policy.select is not None:
             keys = self._partly_read(keys, rows)
         if self.pruned is not None:
-            keys, values = self.pruned.spread((keys, values), dense if start == 0 else None, self.seen)
+            keys, values = self.pruned.spread((keys, values), dense if start == 0 else None, first)
         return keys, values
 
     def _due(self, rows: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyncc.errors import CacheNotServed
 from dyncc.passes.cut import row_count
 from dyncc.pipeline import render
 
@@ -37,6 +38,15 @@ class PromptCuts:
                 total = row_count(keep, total, self.fixed)
         return total
 
+    def check_depth(self, layers: int) -> None:
+        """
+        Raises:
+            CacheNotServed: a model of so many layers has none behind the first cut, so that nothing was pruned.
+        """
+        if self.cuts and self.cuts[0][0] >= layers - 1:
+            problem = f"behind layer {self.cuts[0][0]}, and there is no layer behind it: the model's are numbered 0 to {layers - 1}"
+            raise CacheNotServed(passes=self.text, problem=problem)
+
 
 class PrunedPrompt:
     """`origin` [B, P]: the places in the text of the P rows that a layer holds of its prompt, -1 for rows that nobody may see; None while
@@ -54,7 +64,11 @@ class PrunedPrompt:
         return keys, values
 
     def spread(self, held: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor]:
-        """The rows held, marked as what stands for a text of `length` tokens (`dense`: its keys and values, in the prompt itself)."""
+        """The rows held, marked as what stands for a text of `length` tokens (`dense`: its keys and values, in the prompt itself).
+
+        The length is that of the masks, the first layer's: one of a layer's own would be compared with it, and Inductor of torch 2.13 then
+        forgets to define it.
+        """
         if self.origin is None:
             return held
         keys, values = dense if dense is not None else (None, None)

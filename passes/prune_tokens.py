@@ -79,7 +79,7 @@ class PruneTokens(Pass):
             try:
                 made, short = self._prune(program, facts, stack)
             except Refusal as refusal:
-                misses.append(str(refusal))
+                misses.append(f"{refusal}{self._other_cache(program, facts)}")
                 continue
             done += 1
             cuts += made
@@ -113,7 +113,7 @@ class PruneTokens(Pass):
             if kept is None:
                 kept = Kept.start(at, None if padding is None else lambda before: real_rows(before, padding), reads.computed)
             fill, plan, stop = self._plan(program, axes, stack, layer, at, reads, cuts)
-            shortened |= _short_outputs(program, facts, plan, stop)
+            shortened |= self._short_outputs(program, facts, plan, stop)
             cut = make_cut(self._for(layer, keep, reads), program, axes, stack, layer, at, stop, plan, fill, reads, kept)
             kept = cut.after
             cuts.append(cut)
@@ -160,6 +160,22 @@ class PruneTokens(Pass):
         _check_inside(plan, stop)
         return ("carry" if self.fill == "auto" else self.fill), plan, stop
 
+    def _short_outputs(self, program: Program, facts: Facts, plan: Plan, stop: fx.Node | None) -> set[int]:
+        """Outputs that become shorter: keys and values, offline only."""
+        short = {i for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and n in plan.short and n is not stop}
+        if short - facts.kv_outputs:
+            raise Refusal(f"output {min(short - facts.kv_outputs)} holds rows of every token and would get shorter")
+        if short and program.door == 1:
+            cache = f"use past_key_values=dyncc.KVCache({render([self])!r}), which holds them so, or dyncc.optimize, which returns them so"
+            raise Refusal(f"the keys and values that the graph returns would get shorter; {cache}")
+        return short
+
+    def _other_cache(self, program: Program, facts: Facts) -> str:
+        """What to do where the graph fills a cache that does not know of this pass."""
+        if program.door != 1 or not facts.mutated or marks(program.graph, render([self])):
+            return ""
+        return f"; if that fills a cache, use past_key_values=dyncc.KVCache({render([self])!r}) instead"
+
 
 def _is_causal(layer: Layer) -> bool:
     """Whether the attention is autoregressive: SDPA's flag, or a mask made by comparing positions of rows and keys."""
@@ -181,16 +197,6 @@ def _is_causal(layer: Layer) -> bool:
 def _two_positions(node: fx.Node) -> bool:
     sizes = node.meta["val"].shape
     return op_name(node) in ("tril", "triu") or all(not (isinstance(s, int) and s == 1) for s in sizes[-2:])
-
-
-def _short_outputs(program: Program, facts: Facts, plan: Plan, stop: fx.Node | None) -> set[int]:
-    """Outputs that become shorter: keys and values, offline only."""
-    short = {i for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and n in plan.short and n is not stop}
-    if short - facts.kv_outputs:
-        raise Refusal(f"output {min(short - facts.kv_outputs)} holds rows of every token and would get shorter")
-    if short and program.door == 1:
-        raise Refusal("the keys and values that the graph returns would get shorter; use dyncc.optimize, which returns them so")
-    return short
 
 
 def _check_outputs(program: Program, plan: Plan) -> None:

@@ -237,3 +237,7 @@ def test_prompts_that_cannot_be_pruned_are_told() -> None:
         read(compiled(deep()), dyncc.KVCache(HALF), ids)
     with torch.enable_grad(), pytest.raises(CacheNotServed, match="gradients are on"):
         last(compiled(deep()), dyncc.KVCache(HALF), ids)
+    cache = dyncc.KVCache("promptdistill{keep=12 layers=3}")
+    last(compiled(deep()), cache, ids)
+    with pytest.raises(CacheNotServed, match="behind layer 3, and there is no layer behind it: the model's are numbered 0 to 3"):
+        last(compiled(deep()), cache, ids[:, :1])
