@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=1536)
     parser.add_argument("--ahead", type=int, default=512)
     parser.add_argument("--documents", type=int, default=8)
-    parser.add_argument("--budget", type=int, help="keys or tokens that evicting and pruning policies keep; a quarter of the prompt by default")
+    parser.add_argument("--budget", type=int, help="what evicting and pruning policies keep; a quarter of the prompt by default")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kv_quality.json")
     options = parser.parse_args(argv)
     budget = options.budget or options.prompt // 4
