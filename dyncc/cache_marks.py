@@ -25,6 +25,9 @@ def serve_caches(program: Program, settings: Settings, report: Report) -> tuple[
     for mark, words in SERVED.items():
         for text in _policies(program, mark):
             passed = build(text)[0]
+            if passed.counts_layers and report.graph_break:
+                problem = f"and a graph break splits the model, so its layers cannot be numbered: {report.graph_break}"
+                raise CacheNotServed(passes=text, problem=problem)
             applied = apply_pass(program, passed, Context())
             if not applied.applied:
                 raise CacheNotServed(passes=text, problem=f"and that cannot be followed here: {applied.reason}")

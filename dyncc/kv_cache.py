@@ -46,9 +46,7 @@ class KVCache(Cache):
 
     def __init__(self, passes: str | None = None) -> None:
         self.passes = passes
-        policy = _policy(passes) if passes is not None else None
-        self.cuts = policy.prune if policy is not None else None
-        made = partial(PolicyLayer, policy) if policy is not None else GrowingLayer
+        made = partial(PolicyLayer, _policy(passes)) if passes is not None else GrowingLayer
         super().__init__(layer_class_to_replicate=made)
 
     def __copy__(self) -> KVCache:
@@ -59,8 +57,6 @@ class KVCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As in transformers; a layer is told its number, by which it knows whether it stands behind a cut, and how many tokens the first
         layer holds, for which masks are made."""
-        if self.cuts is not None and self.layers and layer_idx == 0:
-            self.cuts.check_depth(len(self.layers))
         first = self.layers[0].store.length if layer_idx else 0
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, number=layer_idx, first=first, **kwargs)
         return found

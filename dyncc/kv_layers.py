@@ -144,16 +144,16 @@ class PolicyLayer(GrowingLayer):
         if self._due(rows):
             self._drop(rows)
         start, self.seen, self.prompted = self.seen, self.seen + rows, rows > 1
-        new = dense = (key_states, value_states)
-        if self.pruned is not None and start == 0:
-            new = self.pruned.thin(key_states, value_states, number)
+        new, dense = (key_states, value_states), None
+        if self.pruned is not None and start == 0 and self.pruned.cuts.prunes(rows):
+            new, dense = self.pruned.thin(key_states, value_states, number), new
         keys, values = self.store.append(*new)
         if self.policy.evict is not None:
             keys = self._watched(keys, new[0].shape[2], start)
         if self.policy.select is not None:
             keys = self._partly_read(keys, rows)
         if self.pruned is not None:
-            keys, values = self.pruned.spread((keys, values), dense if start == 0 else None, first)
+            keys, values = self.pruned.stand_for((keys, values), dense, first)
         return keys, values
 
     def _due(self, rows: int) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncc.errors import CacheNotServed
 from dyncc.passes.cut import row_count
 from dyncc.pipeline import render
 
@@ -29,23 +28,18 @@ class PromptCuts:
         fixed = max(passed.sinks, int(passed.score == "cls-attention")) + max(passed.recents, 1)
         return cls(tuple((layer, keep) for layer, keep in schedule if keep != 1.0), fixed, render([passed]))
 
+    def prunes(self, total: Any) -> bool:
+        """Whether a prompt of so many tokens loses any."""
+        return any(isinstance(keep, float) or total > keep for _, keep in self.cuts)
+
     def rows_held(self, total: Any, layer: int) -> Any:
-        """How many rows of a prompt of `total` a layer holds; None where it stands in front of all cuts, or none of them drops a row."""
-        if all(cut >= layer for cut, _ in self.cuts) or all(isinstance(keep, int) and total <= keep for _, keep in self.cuts):
+        """How many rows of a prompt of `total` a layer behind a cut holds; None in front of all cuts."""
+        if all(cut >= layer for cut, _ in self.cuts):
             return None
         for cut, keep in self.cuts:
             if cut < layer:
                 total = row_count(keep, total, self.fixed)
         return total
-
-    def check_depth(self, layers: int) -> None:
-        """
-        Raises:
-            CacheNotServed: a model of so many layers has none behind the first cut, so that nothing was pruned.
-        """
-        if self.cuts and self.cuts[0][0] >= layers - 1:
-            problem = f"behind layer {self.cuts[0][0]}, and there is no layer behind it: the model's are numbered 0 to {layers - 1}"
-            raise CacheNotServed(passes=self.text, problem=problem)
 
 
 class PrunedPrompt:
@@ -57,19 +51,19 @@ class PrunedPrompt:
         self.origin: Tensor | None = None
 
     def thin(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """What layer number `layer` holds of a prompt's keys and values [B, G, T, D]."""
+        """What layer number `layer` holds of a pruned prompt's keys and values [B, G, T, D]."""
         held = self.cuts.rows_held(keys.shape[2], layer)
         if held is not None:
             keys, values, self.origin = torch.ops.dyncc.thin(keys, values, held, self.cuts.text)
         return keys, values
 
-    def spread(self, held: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor]:
-        """The rows held, marked as what stands for a text of `length` tokens (`dense`: its keys and values, in the prompt itself).
+    def stand_for(self, held: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor]:
+        """The rows held, marked as what stands for a text of `length` tokens (`dense`: its keys and values, in the pruned prompt itself).
 
         The length is that of the masks, the first layer's: one of a layer's own would be compared with it, and Inductor of torch 2.13 then
         forgets to define it.
         """
-        if self.origin is None:
+        if dense is None and self.origin is None:
             return held
         keys, values = dense if dense is not None else (None, None)
         return (

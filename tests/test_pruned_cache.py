@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import dyncc
-from dyncc.errors import BadCachePasses, CacheNotServed
+from dyncc.errors import BadCachePasses, CacheNotServed, LayerOutOfRange
 
 DEPTH, LENGTH, STEPS = 4, 30, 8
 HALF = "promptdistill{keep=12 layers=1}"
@@ -228,7 +228,7 @@ def test_two_sequences_do_not_leak_copies_and_other_orders_go_on_apart_and_a_res
     ("passes", "words"),
     [
         ("lazyllm", "give their numbers, such as layers=7,15,22 and not layers=25%,50%,75%"),
-        ("promptdistill lazyllm{layers=1}", "takes one pass that prunes prompts, one that evicts"),
+        ("promptdistill lazyllm{layers=1,2,3}", "takes one pass that prunes prompts, one that evicts"),
         ("promptdistill{keep=1024} snapkv{budget=1024}", "must keep a number of tokens, 1,025 or more"),
         ("lazyllm{layers=1,2,3} snapkv", "must keep a number of tokens"),
     ],
@@ -246,7 +246,11 @@ def test_prompts_that_cannot_be_pruned_are_told() -> None:
         read(compiled(deep()), dyncc.KVCache(HALF), ids)
     with torch.enable_grad(), pytest.raises(CacheNotServed, match="gradients are on"):
         last(compiled(deep()), dyncc.KVCache(HALF), ids)
-    cache = dyncc.KVCache("promptdistill{keep=12 layers=3}")
-    last(compiled(deep()), cache, ids)
-    with pytest.raises(CacheNotServed, match="behind layer 3, and there is no layer behind it: the model's are numbered 0 to 3"):
-        last(compiled(deep()), cache, ids[:, :1])
+    with pytest.raises(CacheNotServed, match="nothing runs on all tokens after layer 3; choose an earlier layer"):
+        last(compiled(deep()), dyncc.KVCache("promptdistill{keep=12 layers=3}"), ids)
+    with pytest.raises(LayerOutOfRange, match="layer 13 is out of range: the model's 4 layers"):
+        last(compiled(deep()), dyncc.KVCache("promptdistill{keep=12}"), ids)
+    broken = deep()
+    broken.model.layers[2].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(CacheNotServed, match="a graph break splits the model, so its layers cannot be numbered"):
+        last(compiled(broken), dyncc.KVCache(HALF), ids)

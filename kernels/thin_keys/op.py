@@ -17,14 +17,14 @@ from dyncc.errors import CacheNotServed
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
 _library.define("thin(Tensor keys, Tensor values, SymInt count, str policy) -> (Tensor, Tensor, Tensor)")
-_library.define("spread(Tensor held, Tensor origin, Tensor? dense, SymInt length, str policy) -> Tensor")
+_library.define("spread(Tensor held, Tensor? origin, Tensor? dense, SymInt length, str policy) -> Tensor")
 
 
 def _thin(keys: Tensor, values: Tensor, count: int, policy: str) -> tuple[Tensor, Tensor, Tensor]:
     raise CacheNotServed(passes=policy, problem=CacheNotServed.not_compiled)
 
 
-def _spread(held: Tensor, origin: Tensor, dense: Tensor | None, length: int, policy: str) -> Tensor:
+def _spread(held: Tensor, origin: Tensor | None, dense: Tensor | None, length: int, policy: str) -> Tensor:
     raise CacheNotServed(passes=policy, problem=CacheNotServed.not_compiled)
 
 
@@ -39,7 +39,7 @@ def _fake_thin(keys: Tensor, values: Tensor, count: Any, policy: str) -> tuple[T
 
 
 @torch.library.register_fake("dyncc::spread")
-def _fake_spread(held: Tensor, origin: Tensor, dense: Tensor | None, length: Any, policy: str) -> Tensor:
+def _fake_spread(held: Tensor, origin: Tensor | None, dense: Tensor | None, length: Any, policy: str) -> Tensor:
     return torch.empty_like(dense) if dense is not None else held.new_empty((held.shape[0], held.shape[1], length, held.shape[3]))
 
 
