@@ -30,7 +30,7 @@ class PromptCuts:
 
     def prunes(self, total: Any) -> bool:
         """Whether a prompt of so many tokens loses any."""
-        return any(isinstance(keep, float) or total > keep for _, keep in self.cuts)
+        return any(total > (keep if isinstance(keep, int) else self.fixed) for _, keep in self.cuts)
 
     def rows_held(self, total: Any, layer: int) -> Any:
         """How many rows of a prompt of `total` a layer behind a cut holds; None in front of all cuts."""

@@ -202,6 +202,7 @@ def test_a_prompt_that_keeps_every_token_is_the_dense_one_bit_by_bit(recipe: str
     model, cache, dense = deep(), dyncc.KVCache(recipe), DynamicCache()
     for ids, mask in conversation((LENGTH, 1, 1), 5):
         assert torch.equal(last(model, cache, ids, mask), last(model, dense, ids, mask))  # needs no compiler either
+    last(model, dyncc.KVCache("prune-tokens{keep=0.5 layers=1}"), prompt(1, 1)["input_ids"])  # a single token stays
 
 
 def test_two_sequences_do_not_leak_copies_and_other_orders_go_on_apart_and_a_reset_forgets() -> None:

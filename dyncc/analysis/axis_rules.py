@@ -316,9 +316,11 @@ def thin(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
 
 @rule("spread")
 def spread(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
-    """Stands for its last operand, `dense`, where that is given; else its rows are those of a text that is nowhere in the graph."""
-    dense = argument(node, "dense") is not None
-    return OpAxes(links=[Link(i, len(slots) - 1 if dense else 0, i) for i in range(4) if dense or i != 2])
+    """Stands for its operand `dense` where that is given; else its rows are those of a text that is nowhere in the graph."""
+    dense = argument(node, "dense")
+    if dense is None:
+        return OpAxes(links=[Link(i, 0, i) for i in (0, 1, 3)])
+    return OpAxes(links=[Link(i, slots.index(dense), i) for i in range(4)])
 
 
 @rule("embedding")
