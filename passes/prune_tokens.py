@@ -9,6 +9,7 @@ autoregressive model covers all positions: which tokens stay depends on later on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import fx
@@ -111,7 +112,7 @@ class PruneTokens(Pass):
             axes = Axes(program.graph)
             at = layer.middle if self.site == "attention" else layer.end
             if kept is None:
-                kept = Kept.start(at, None if padding is None else lambda before: real_rows(before, padding), reads.computed)
+                kept = Kept.start(at, None if padding is None else partial(real_rows, source=padding, hidden=at), reads.computed)
             fill, plan, stop = self._plan(program, axes, stack, layer, at, reads, cuts)
             shortened |= self._short_outputs(program, facts, plan, stop)
             cut = make_cut(self._for(layer, keep, reads), program, axes, stack, layer, at, stop, plan, fill, reads, kept)
