@@ -15,7 +15,7 @@ from torch import fx
 from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.analysis.axes import Axes
 from dyncc.analysis.facts import Facts
-from dyncc.ir import argument, emit, refresh, same_size, shape
+from dyncc.ir import argument, emit, refresh, same_size, shape, val
 from dyncc.kernels.thin_keys import SPREAD, THIN
 from dyncc.passes.cut import Cut, size_node
 from dyncc.restrict import Plan, Refusal, plan_forward, shorten, where
@@ -35,11 +35,11 @@ def hold_short(graph: fx.Graph, cuts: list[Cut], policy: str) -> None:
     order = {n: i for i, n in enumerate(graph.nodes)}
     for mark in [n for n in graph.nodes if n.target is THIN and argument(n, "policy") == policy]:
         keys, values, count, _ = mark.args
-        size = shape(keys)[2]
-        if not same_size(size, count.meta["val"] if isinstance(count, fx.Node) else count):
-            raise Refusal(f"{size} rows stay where the cache counts on {count}; ask for the last position only (logits_to_keep=1)")
-        cut = [c for c in cuts if c.after.origin is not None and order[c.after.origin] < order[mark]][-1]
-        kept = (keys, values, _origin(mark, cut))
+        size, wanted = shape(keys)[2], val(count)
+        before = [c for c in cuts if c.after.origin is not None and order[c.after.origin] < order[mark]]
+        if not before or not same_size(size, wanted):
+            raise Refusal(f"{size} rows stay where the cache counts on {wanted}; ask for the last position only (such as logits_to_keep=1)")
+        kept = (keys, values, _origin(mark, before[-1]))
         for user in list(mark.users):
             user.replace_all_uses_with(kept[user.args[1]])
             graph.erase_node(user)
