@@ -211,11 +211,11 @@ class PolicyLayer(GrowingLayer):
             self.pruned.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        prompt = self.pruned.rows if self.pruned is not None else 0
+        prompt = self.pruned.tokens if self.pruned is not None else 0
+        if tokens_to_remove < 0 and prompt and self.seen + tokens_to_remove < prompt:
+            raise ValueError("this cache holds a pruned prompt, so it cannot go back into it; read the prompt into another cache")
         if tokens_to_remove < 0 and not prompt and self.seen != self.store.length:
             raise ValueError("this cache has dropped keys, so it cannot go back; keep a copy.copy of it from before")
-        if tokens_to_remove < 0 and self.store.length + tokens_to_remove < prompt:
-            raise ValueError("this cache holds a pruned prompt, so it cannot go back into it; read the prompt into another cache")
         super().crop(tokens_to_remove)
         self.seen = max(0, self.seen + tokens_to_remove)
         if self.scores is not None:

@@ -44,15 +44,17 @@ class PromptCuts:
 
 class PrunedPrompt:
     """`origin` [B, P]: the places in the text of the P rows that a layer holds of its prompt, -1 for rows that nobody may see; None while
-    the layer holds every row."""
+    the layer holds every row. `tokens`: how many the pruned prompt had, for every layer; 0 for one that was not."""
 
     def __init__(self, cuts: PromptCuts) -> None:
         self.cuts = cuts
         self.origin: Tensor | None = None
+        self.tokens = 0
 
     def thin(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """What layer number `layer` holds of a pruned prompt's keys and values [B, G, T, D]."""
-        held = self.cuts.rows_held(keys.shape[2], layer)
+        self.tokens = keys.shape[2]
+        held = self.cuts.rows_held(self.tokens, layer)
         if held is not None:
             keys, values, self.origin = torch.ops.dyncc.thin(keys, values, held, self.cuts.text)
         return keys, values
@@ -71,19 +73,14 @@ class PrunedPrompt:
             torch.ops.dyncc.spread(held[1], self.origin, values, length, self.cuts.text),
         )
 
-    @property
-    def rows(self) -> int:
-        """How many of the rows held are the prompt's; they cannot be cropped."""
-        return self.origin.shape[1] if self.origin is not None else 0
-
     def change(self, edit: Callable[[Tensor], Tensor]) -> None:
         self.origin = edit(self.origin) if self.origin is not None else None
 
     def forget(self) -> None:
         """Another text comes, or every layer holds equally many rows from now on."""
-        self.origin = None
+        self.origin, self.tokens = None, 0
 
     def copy(self) -> PrunedPrompt:
         other = PrunedPrompt(self.cuts)
-        other.origin = self.origin
+        other.origin, other.tokens = self.origin, self.tokens
         return other

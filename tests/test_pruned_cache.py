@@ -215,6 +215,7 @@ def test_two_sequences_do_not_leak_copies_and_other_orders_go_on_apart_and_a_res
         torch.testing.assert_close(last(run, swapped, ids.flip(0), mask.flip(0)), then.flip(0))
     with pytest.raises(ValueError, match="holds a pruned prompt, so it cannot go back into it"):
         a.crop(-6)
+    assert {layer.get_seq_length() for layer in a.layers} == {LENGTH + 5}
 
 
 @pytest.mark.parametrize(
