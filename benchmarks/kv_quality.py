@@ -2,7 +2,8 @@
 
     python benchmarks/kv_quality.py --prompt 1536 --ahead 512 --documents 8 --write
 
-Policies that evict drop keys once, when the prompt ends. Policies that select are run as their masked form: each of the tokens ahead sees
+Policies that evict drop keys once, when the prompt ends; one that prunes leaves tokens out of the layers behind its cut, as a
+`dyncc.KVCache` made with it does. Policies that select are run as their masked form: each of the tokens ahead sees
 the keys that its own step would choose (tests/test_select_kv.py shows that the pass computes the same). Perplexity is that of the tokens
 ahead, teacher-forced; intervals are bootstrap 95 % over documents.
 """
@@ -21,16 +22,19 @@ from record import progress, write
 from torch import Tensor
 from torch.nn import functional as F
 
+import dyncc
 from dyncc.bench_result import environment
-from dyncc.decoding import Prefill, continuation_nll
+from dyncc.decoding import Prefill, continuation_nll, flatten_cache
 from dyncc.kernels.evict_keys import column_sums, row_weights, window_sums
 from dyncc.kernels.select_keys import page_bounds, page_scores, shared_scores, take_keys
 from dyncc.models import english_tokens, load_smollm2
 from dyncc.passes.evict_kv import EvictKV
+from dyncc.passes.prune_tokens import PruneTokens
 from dyncc.passes.select_kv import SelectKV
 from dyncc.pipeline import build
 
 EVICT = ["streamingllm{budget=%d every=0}", "snapkv{budget=%d}", "a2sf{budget=%d}", "h2o{budget=%d recents=%d every=0}"]
+PRUNE = ["promptdistill{layers=14 keep=%d}"]
 SELECT = [
     "select-kv{budget=256 score=logits share=head sinks=0 recents=0}",
     "tokenselect{budget=256 sinks=16 recents=64}",
@@ -132,10 +136,20 @@ def read(model: Any, ids: Tensor, prompt: int, policies: dict[str, Any]) -> dict
         if isinstance(policy, EvictKV):
             kept = [take_keys(t, noted.kept[name][i // 2]) for i, t in enumerate(prefilled[1:])]
             found[name] = continuation_nll(model, (prefilled[0], *kept), following, prompt).mean().item()
+        elif isinstance(policy, PruneTokens):
+            found[name] = continuation_nll(model, pruned(model, ids[:, :prompt], name), following, prompt).mean().item()
         else:
             with attention(Selecting(policy, model.config.num_key_value_heads, plain)):
                 found[name] = continuation_nll(model, prefilled, following, prompt).mean().item()
     return found
+
+
+def pruned(model: Any, ids: Tensor, passes: str) -> tuple[Tensor, ...]:
+    """What a prompt leaves behind that is pruned on its way through the layers: its last logits, and what each layer holds."""
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="dyncc", options={"engine": "reference", "evidence": "off"})
+    cache = dyncc.KVCache(passes)
+    return (run(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits, *flatten_cache(cache))
 
 
 def table(losses: dict[str, list[float]]) -> dict[str, Any]:
@@ -157,11 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=1536)
     parser.add_argument("--ahead", type=int, default=512)
     parser.add_argument("--documents", type=int, default=8)
-    parser.add_argument("--budget", type=int, help="keys that evicting policies keep; a quarter of the prompt by default")
+    parser.add_argument("--budget", type=int, help="what evicting and pruning policies keep; a quarter of the prompt by default")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kv_quality.json")
     options = parser.parse_args(argv)
     budget = options.budget or options.prompt // 4
-    usual = [text % ((budget, budget // 2) if text.count("%d") == 2 else budget) for text in EVICT] + SELECT
+    usual = [text % ((budget, budget // 2) if text.count("%d") == 2 else budget) for text in EVICT + PRUNE] + SELECT
     policies = {text: build(text)[0] for text in options.passes or usual}
     model, tokenizer = load_smollm2()
     span = options.prompt + options.ahead

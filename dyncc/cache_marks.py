@@ -11,22 +11,29 @@ from dyncc.report import Report, Rewrite
 from dyncc.rewrite import Context, apply_pass
 from dyncc.settings import Settings
 
+SERVED = {"spread": "layers behind the cut hold and read the tokens that stayed", "watched": "the cache drops keys by the scores"}
+"""Marks without which a graph cannot run, in the order in which they are served, and what is done."""
+
 
 def serve_caches(program: Program, settings: Settings, report: Report) -> tuple[Program, Settings]:
-    """The program with the scores that caches want computed beside its attention (always: they drop keys by them), and the settings with
-    the passes that select keys in front.
+    """The program that prunes the prompts of caches which hold its rows, with the scores that caches want computed beside its attention
+    (always: they drop keys by them), and the settings with the passes that select keys in front.
 
     Raises:
-        CacheNotServed: an attention cannot be followed; the cache would drop keys blindly.
+        CacheNotServed: an attention cannot be followed; the cache would hold other keys than it says.
     """
-    for text in _policies(program, "watched"):
-        passed = build(text)[0]
-        applied = apply_pass(program, passed, Context())
-        if not applied.applied:
-            raise CacheNotServed(passes=text, problem=f"and that cannot be followed here: {applied.reason}")
-        found, expected = applied.result.found, applied.result.expected
-        report.rewrites.append(Rewrite(passed.name, text, True, "the cache drops keys by the scores", passed.exact, found, expected))
-        program = applied.program
+    for mark, words in SERVED.items():
+        for text in _policies(program, mark):
+            passed = build(text)[0]
+            if passed.counts_layers and report.graph_break:
+                problem = f"and a graph break splits the model, so its layers cannot be numbered: {report.graph_break}"
+                raise CacheNotServed(passes=text, problem=problem)
+            applied = apply_pass(program, passed, Context())
+            if not applied.applied:
+                raise CacheNotServed(passes=text, problem=f"and that cannot be followed here: {applied.reason}")
+            found, expected = applied.result.found, applied.result.expected
+            report.rewrites.append(Rewrite(passed.name, text, True, words, passed.exact, found, expected))
+            program = applied.program
     known = {render([passed]) for passed in settings.passes}
     wanted = [build(text)[0] for text in _policies(program, "partly_read") if text not in known]
     return program, replace(settings, passes=(*wanted, *settings.passes))

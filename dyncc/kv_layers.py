@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dyncc.errors import CacheNotServed, PackageMissing
 from dyncc.kv_pages import PageBounds
+from dyncc.kv_pruned import PromptCuts, PrunedPrompt
 from dyncc.kv_store import ROOM, KVStore
 
 try:
@@ -99,8 +100,10 @@ class GrowingLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class Policy:
-    """What the passes of a cache do: `evict` drops keys, `select` reads a part of them in a step; either may be None. With their texts."""
+    """What the passes of a cache do: `prune` shortens a prompt on its way through the layers, `evict` drops keys, `select` reads a part of
+    them in a step; each may be None. With texts of the latter two."""
 
+    prune: PromptCuts | None
     evict: Any
     select: Any
     evict_text: str = ""
@@ -108,8 +111,8 @@ class Policy:
 
 
 class PolicyLayer(GrowingLayer):
-    """A layer that drops keys or marks them for selection. `keys` holds what is left; lengths and positions go on counting every token
-    that was read.
+    """A layer that drops keys, never gets those of pruned tokens, or marks keys for selection. `keys` holds what is left; lengths and
+    positions go on counting every token that was read.
 
     `scores` [B, G, T] says what each key held has earned, and is -1 for pads, which go first: rows stay in order, so a mask over the last
     T tokens of the text hides exactly the pads that are left (pads stand on the left).
@@ -122,26 +125,35 @@ class PolicyLayer(GrowingLayer):
         self.seen = 0
         self.prompted = False
         self.bounds = PageBounds(policy.select.page) if policy.select is not None and policy.select.score == "bound" else None
+        self.pruned = PrunedPrompt(policy.prune) if policy.prune is not None else None
 
     def __copy__(self) -> PolicyLayer:
         twin = PolicyLayer(self.policy)
         bounds = self.bounds.copy() if self.bounds is not None else None
-        twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store), "bounds": bounds}
+        pruned = self.pruned.copy() if self.pruned is not None else None
+        twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store), "bounds": bounds, "pruned": pruned}
         return twin
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Drop what is due, append [B, G, T, D], and mark the keys for the passes that dyncc runs on the compiled model."""
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, number: int = 0, first: int = 0, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Drop what is due, append the rows [B, G, T, D] of layer `number`, and mark what dyncc serves in the compiled model."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows: int = key_states.shape[2]
         if self._due(rows):
             self._drop(rows)
         start, self.seen, self.prompted = self.seen, self.seen + rows, rows > 1
-        keys, values = self.store.append(key_states, value_states)
+        new, dense = (key_states, value_states), None
+        if self.pruned is not None and start == 0 and self.pruned.cuts.prunes(rows):
+            new, dense = self.pruned.thin(key_states, value_states, number), new
+        keys, values = self.store.append(*new)
         if self.policy.evict is not None:
-            keys = self._watched(keys, rows, start)
+            keys = self._watched(keys, new[0].shape[2], start)
         if self.policy.select is not None:
             keys = self._partly_read(keys, rows)
+        if self.pruned is not None:
+            keys, values = self.pruned.stand_for((keys, values), dense, first)
         return keys, values
 
     def _due(self, rows: int) -> bool:
@@ -158,6 +170,8 @@ class PolicyLayer(GrowingLayer):
         self.store.gather(index, room=(evict.every or ROOM) + rows)
         self.scores = self.scores.gather(2, index)
         self._forget_bounds()
+        if self.pruned is not None:
+            self.pruned.forget()
 
     def _watched(self, keys: Tensor, rows: int, start: int) -> Tensor:
         """The keys, through the op in whose place `evict-kv` puts their new scores."""
@@ -193,20 +207,27 @@ class PolicyLayer(GrowingLayer):
         super().reset()
         self.scores, self.seen, self.prompted = None, 0, False
         self._forget_bounds()
+        if self.pruned is not None:
+            self.pruned.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove < 0 and self.seen != self.store.length:
+        prompt = self.pruned.tokens if self.pruned is not None else 0
+        if tokens_to_remove < 0 and prompt and self.seen + tokens_to_remove < prompt:
+            raise ValueError("this cache holds a pruned prompt, so it cannot go back into it; read the prompt into another cache")
+        if tokens_to_remove < 0 and not prompt and self.seen != self.store.length:
             raise ValueError("this cache has dropped keys, so it cannot go back; keep a copy.copy of it from before")
         super().crop(tokens_to_remove)
-        self.seen = self.store.length
+        self.seen = max(0, self.seen + tokens_to_remove)
         if self.scores is not None:
-            self.scores = self.scores[:, :, : self.seen]
+            self.scores = self.scores[:, :, : self.store.length]
         self._forget_bounds()
 
     def change(self, edit: Callable[[Tensor], Tensor]) -> None:
         super().change(edit)
         self.scores = edit(self.scores) if self.scores is not None else None
         self._forget_bounds()
+        if self.pruned is not None:
+            self.pruned.change(edit)
 
     def _forget_bounds(self) -> None:
         if self.bounds is not None:

@@ -20,6 +20,7 @@ DENSE = "dense"
 CACHES = [
     DENSE, "streamingllm{budget=1024}", "h2o{budget=1024 recents=512}", "a2sf{budget=1024}", "snapkv{budget=1024}",
     "quest{budget=512}", "tokenselect{budget=512 sinks=16 recents=64}", "snapkv{budget=2048} quest{budget=512}",
+    "promptdistill{layers=14 keep=1024}", "promptdistill{layers=14 keep=1024} quest{budget=512}",
 ]  # fmt: skip
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 

@@ -79,7 +79,7 @@ def make_cut(
         short = emit(before, _fused, short, at, score, index, *([] if kept.valid is None else [kept.valid]))
         after = _with_fused_row(before, after)
     take = _NoTake() if options.fuse else TakeRows(axes, plan, index, batch)
-    shorten(axes, plan, at, short, _size(before, short, 1), _size(before, at, 0), take, _size(before, at, stack.dim), stop)
+    shorten(axes, plan, at, short, size_node(before, short, 1), size_node(before, at, 0), take, size_node(before, at, stack.dim), stop)
     shorter = [r for r in (*(x.attention for x in stack.layers), *stack.tail) if r.v in plan.short]
     for region in shorter if after.valid is not None else ():
         hide_keys(region, after.valid)
@@ -178,7 +178,7 @@ class _NoTake:
         raise Refusal(f"fuse=true makes a row without a position, but {user.name} needs {operand.name} at every row; {hint}")
 
 
-def _size(before: fx.Node, node: fx.Node, dim: int) -> Any:
+def size_node(before: fx.Node, node: fx.Node, dim: int) -> Any:
     size = shape(node)[dim]
     if not is_symbolic(size):
         return size

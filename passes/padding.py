@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes, Dim
-from dyncc.ir import ancestors, emit, is_tensor, op_name, operands, shape, val
+from dyncc.analysis.axis_rules import counts_up
+from dyncc.ir import ancestors, argument, emit, is_tensor, op_name, operands, same_size, shape, val
 from dyncc.restrict import Refusal
 
 
@@ -21,13 +23,26 @@ def padding_input(regions: list[AttentionRegion], axes: Axes, axis: Dim, batch: 
     sources = [n for n in sources if not _only_its_size(n, masks)]
     if not sources:
         return None
-    found = [n for n in sources if len(shape(n)) == 2 and axes.places(n, axis) and not any(op_name(u) == "embedding" for u in n.users)]
+    found = [n for n in sources if len(shape(n)) == 2 and not any(op_name(u) == "embedding" for u in n.users)]
+    found = [n for n in found if axes.places(n, axis) or _read_in_order(n, axes, axis)]
     found = [n for n in found if not val(n).is_floating_point() and not _is_positions(n, regions)]
     if len(found) == 1:
         return found[0]
     names = ", ".join(n.name for n in sources)
     hint = "pass a [batch, tokens] attention_mask"
     raise Refusal(f"the attention mask is made from {names} in a way that does not say which tokens are padding; {hint}")
+
+
+def _read_in_order(node: fx.Node, axes: Axes, axis: Dim) -> bool:
+    """Whether its columns are read at 0, 1, ... of the axis: it may be longer, where two sizes vary and nobody says that they are equal."""
+    for user in node.users:
+        if op_name(user) in ("to", "ne", "alias") and _read_in_order(user, axes, axis):
+            return True
+        index = argument(user, "indices")[-1] if op_name(user) == "index" and operands(user)[0] is node else None
+        wide = [size for size in shape(index) if size != 1] if isinstance(index, fx.Node) else []
+        if len(wide) == 1 and counts_up(index, wide[0]) and axes.places(index, axis):
+            return True
+    return False
 
 
 def _only_its_size(node: fx.Node, masks: list[fx.Node]) -> bool:
@@ -47,6 +62,12 @@ def _times_its_count(user: fx.Node, node: fx.Node) -> bool:
     return op_name(user) == "mul" and all(op_name(s) == "cumsum" and operands(s)[0] is node for s in others)
 
 
-def real_rows(before: fx.Node, source: fx.Node) -> fx.Node:
-    """The input as a bool node: True where a token is real."""
-    return emit(before, lambda m: m != 0, source)
+def real_rows(before: fx.Node, source: fx.Node, hidden: fx.Node) -> fx.Node:
+    """The input as a bool node [B, T]: True where a token of the residual stream `hidden` [B, T, C] is real."""
+
+    def real(mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        count = hidden.shape[1]
+        return (mask if same_size(mask.shape[1], count) else mask[:, :count]) != 0
+
+    made: fx.Node = emit(before, real, source, hidden)
+    return made

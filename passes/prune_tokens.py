@@ -9,6 +9,7 @@ autoregressive model covers all positions: which tokens stay depends on later on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import fx
@@ -17,10 +18,13 @@ from dyncc.analysis.axes import Axes, Read
 from dyncc.analysis.facts import Facts
 from dyncc.analysis.layers import Layer, Stack
 from dyncc.ir import Program, argument, op_name, output_node, outputs
+from dyncc.kernels.thin_keys import THIN
 from dyncc.options import Keep, Layers, settle
+from dyncc.passes.cache_rows import hold_short, marks, read_held
 from dyncc.passes.cut import Cut, Kept, make_cut
 from dyncc.passes.padding import padding_input, real_rows
 from dyncc.passes.reads import Reads, output_reads
+from dyncc.pipeline import render
 from dyncc.restrict import Plan, Refusal, plan_forward
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -53,7 +57,19 @@ class PruneTokens(Pass):
         settle(self)
 
     def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
-        """Prune every stack of layers that it fits; refuse when it fits none."""
+        """Prune every stack of layers that it fits; refuse when it fits none. Where a cache was made with this pass, it gets the rows that
+        stayed, and its later steps read them."""
+        text = render([self])
+        found = marks(program.graph, text)
+        if found and all(argument(n, "dense") is None for n in found):
+            served = read_held(program.graph, facts, text)
+            return PassResult(served, served)
+        result, cuts = self._prune_all(program, facts, context)
+        if found:
+            hold_short(program.graph, cuts, text)
+        return result
+
+    def _prune_all(self, program: Program, facts: Facts, context: Context) -> tuple[PassResult, list[Cut]]:
         if not facts.stacks:
             raise Refusal(facts.misses[0] if facts.misses else "no attention layers were found")
         cuts: list[Cut] = []
@@ -64,7 +80,7 @@ class PruneTokens(Pass):
             try:
                 made, short = self._prune(program, facts, stack)
             except Refusal as refusal:
-                misses.append(str(refusal))
+                misses.append(f"{refusal}{self._other_cache(program, facts)}")
                 continue
             done += 1
             cuts += made
@@ -74,7 +90,8 @@ class PruneTokens(Pass):
         if context.trace:
             _trace(program, cuts)
         reason = "keep=1.0 keeps every token: nothing to remove" if not cuts else ""
-        return PassResult(done, len(facts.stacks), reason, tuple(misses), tuple(c.plain() for c in cuts), frozenset(shortened))
+        plain = tuple(c.plain() for c in cuts)
+        return PassResult(done, len(facts.stacks), reason, tuple(misses), plain, frozenset(shortened)), cuts
 
     def _prune(self, program: Program, facts: Facts, stack: Stack) -> tuple[list[Cut], set[int]]:
         schedule = self.layers.schedule(self.keep, len(stack.layers) + len(stack.tail))
@@ -95,9 +112,9 @@ class PruneTokens(Pass):
             axes = Axes(program.graph)
             at = layer.middle if self.site == "attention" else layer.end
             if kept is None:
-                kept = Kept.start(at, None if padding is None else lambda before: real_rows(before, padding), reads.computed)
+                kept = Kept.start(at, None if padding is None else partial(real_rows, source=padding, hidden=at), reads.computed)
             fill, plan, stop = self._plan(program, axes, stack, layer, at, reads, cuts)
-            shortened |= _short_outputs(program, facts, plan, stop)
+            shortened |= self._short_outputs(program, facts, plan, stop)
             cut = make_cut(self._for(layer, keep, reads), program, axes, stack, layer, at, stop, plan, fill, reads, kept)
             kept = cut.after
             cuts.append(cut)
@@ -129,7 +146,7 @@ class PruneTokens(Pass):
         regions = (*(x.attention for x in stack.layers if x.index >= layer.index), *stack.tail)
 
         def harmless(node: fx.Node, read: Read) -> bool:
-            return node in reads.nodes
+            return node in reads.nodes or node.target is THIN
 
         if self.fill in ("auto", "drop") and all(c.stop is None for c in earlier):
             try:
@@ -140,9 +157,25 @@ class PruneTokens(Pass):
                 if self.fill == "drop":
                     raise
         stop = stack.layers[-1].end
-        plan = plan_forward(axes, axis, at, stack.dim, stop, regions, lambda node, read: False)
+        plan = plan_forward(axes, axis, at, stack.dim, stop, regions, lambda node, read: node.target is THIN)
         _check_inside(plan, stop)
         return ("carry" if self.fill == "auto" else self.fill), plan, stop
+
+    def _short_outputs(self, program: Program, facts: Facts, plan: Plan, stop: fx.Node | None) -> set[int]:
+        """Outputs that become shorter: keys and values, offline only."""
+        short = {i for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and n in plan.short and n is not stop}
+        if short - facts.kv_outputs:
+            raise Refusal(f"output {min(short - facts.kv_outputs)} holds rows of every token and would get shorter")
+        if short and program.door == 1:
+            cache = f"use past_key_values=dyncc.KVCache({render([self])!r}), which holds them so, or dyncc.optimize, which returns them so"
+            raise Refusal(f"the keys and values that the graph returns would get shorter; {cache}")
+        return short
+
+    def _other_cache(self, program: Program, facts: Facts) -> str:
+        """What to do where the graph fills a cache that does not know of this pass."""
+        if program.door != 1 or not facts.mutated or marks(program.graph, render([self])):
+            return ""
+        return f"; if that fills a cache, use past_key_values=dyncc.KVCache({render([self])!r}) instead"
 
 
 def _is_causal(layer: Layer) -> bool:
@@ -165,16 +198,6 @@ def _is_causal(layer: Layer) -> bool:
 def _two_positions(node: fx.Node) -> bool:
     sizes = node.meta["val"].shape
     return op_name(node) in ("tril", "triu") or all(not (isinstance(s, int) and s == 1) for s in sizes[-2:])
-
-
-def _short_outputs(program: Program, facts: Facts, plan: Plan, stop: fx.Node | None) -> set[int]:
-    """Outputs that become shorter: keys and values, offline only."""
-    short = {i for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and n in plan.short and n is not stop}
-    if short - facts.kv_outputs:
-        raise Refusal(f"output {min(short - facts.kv_outputs)} holds rows of every token and would get shorter")
-    if short and program.door == 1:
-        raise Refusal("the keys and values that the graph returns would get shorter; use dyncc.optimize, which returns them so")
-    return short
 
 
 def _check_outputs(program: Program, plan: Plan) -> None:

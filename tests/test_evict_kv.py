@@ -334,8 +334,8 @@ def test_mistakes_are_told() -> None:
         read(tiny_llama(), dyncc.KVCache("snapkv"), ids)
     with pytest.raises(CacheNotServed, match=r'compiled only; call model.compile\(backend="dyncc"\)'):
         read(tiny_llama(), dyncc.KVCache("quest"), ids)
-    for passes in ("prune-tokens", "snapkv h2o", ""):
-        with pytest.raises(BadCachePasses, match="takes one pass that evicts, one that selects"):
+    for passes in ("simplify-mask", "snapkv h2o", ""):
+        with pytest.raises(BadCachePasses, match="takes one pass that prunes prompts, one that evicts, one that selects"):
             dyncc.KVCache(passes)
     with pytest.raises(BadCachePasses, match="take a policy that evicts once"):
         dyncc.KVCache("h2o quest")

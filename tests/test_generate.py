@@ -55,11 +55,41 @@ def test_greedy_tokens_with_inductor(smollm2: tuple[Any, torch.Tensor], cache: s
     _check(*smollm2, cache, "inductor")
 
 
-def test_a_pruned_prefill_is_refused_while_the_cache_is_an_output() -> None:
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        (None, "the keys and values that the graph returns would get shorter; use past_key_values=dyncc.KVCache('prune-tokens{keep=0.5"),
+        ("static", "if that fills a cache, use past_key_values=dyncc.KVCache('prune-tokens{keep=0.5 layers=0}') instead"),
+        ("plain", "if that fills a cache, use past_key_values=dyncc.KVCache('prune-tokens{keep=0.5 layers=0}') instead"),
+    ],
+)
+def test_a_pruned_prefill_into_a_cache_that_does_not_know_of_it_is_refused(cache: str | None, words: str) -> None:
     torch._dynamo.reset()
     model, before = tiny_llama(), len(dyncc.reports())
     model.compile(backend="dyncc", options={"engine": "reference", "passes": "prune-tokens{layers=0 keep=0.5}"})
-    model.generate(**prompt(1, 12), max_new_tokens=2, do_sample=False)
+    given = {"past_key_values": dyncc.KVCache()} if cache == "plain" else {"cache_implementation": cache}
+    model.generate(**prompt(1, 12), max_new_tokens=1, do_sample=False, **given)
     reasons = [r.reason for report in dyncc.reports()[before:] for r in report.rewrites]
-    assert "the keys and values that the graph returns would get shorter; use dyncc.optimize, which returns them so" in reasons
+    assert len(reasons) == 1 and words in reasons[0], reasons
     torch._dynamo.reset()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["reference", "inductor"])
+def test_a_pruned_prompt_goes_on_for_200_tokens_from_three_graphs(smollm2: tuple[Any, torch.Tensor], engine: str) -> None:
+    """A left-padded batch of two."""
+    model, words = smollm2
+    ids = words.repeat(1, 16)[:, :96].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    ids[0, :30] = mask[0, :30] = 0
+    before, breaks = len(dyncc.reports()), sum(torch._dynamo.utils.counters["graph_break"].values())
+    model.compile(backend="dyncc", options={"engine": engine})
+    cache = dyncc.KVCache("promptdistill{layers=14 keep=48}")
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=200, min_new_tokens=200, do_sample=False, past_key_values=cache)
+    assert out.shape[1] == 296 and cache.get_seq_length() == 295
+    assert [layer.store.length for layer in cache.layers] == [295] * 15 + [48 + 199] * (LAYERS - 15)
+    reports = dyncc.reports()[before:]
+    assert 2 <= len(reports) <= 3 and sum(torch._dynamo.utils.counters["graph_break"].values()) == breaks
+    for report in reports:
+        assert report.fallback is None and report.found_attention == report.expected_attention == LAYERS
+        assert report.rewrites[0].name == "prune-tokens" and report.rewrites[0].applied

@@ -30,9 +30,10 @@ def decoder(**changes: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         config = hf.LlamaConfig(
-            hidden_size=HEADS * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=GROUPS,
-            intermediate_size=96,
-            vocab_size=99, **{"max_position_embeddings": 256, "attn_implementation": "sdpa", "pad_token_id": 0, **changes},
+            hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, num_key_value_heads=GROUPS, intermediate_size=96, vocab_size=99,
+            **{
+                "num_hidden_layers": LAYERS, "max_position_embeddings": 256, "attn_implementation": "sdpa", "pad_token_id": 0, **changes,
+            },
         )  # fmt: skip
         return hf.LlamaForCausalLM(config).eval()
 

@@ -21,7 +21,7 @@ BETWEEN = {
 }
 CARRY = {
     "view", "reshape", "expand", "unsqueeze", "slice", "transpose", "permute", "clone", "contiguous", "to", "alias", "cat", "index_copy",
-    "index_copy_", "repeat_interleave", "partly_read",
+    "index_copy_", "repeat_interleave", "partly_read", "spread",
 }
 
 

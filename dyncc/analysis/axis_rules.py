@@ -271,12 +271,12 @@ def index(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     same = []
     for slot, dim in zip(range(1, len(slots)), used, strict=True):
         wide = [j for j, s in enumerate(shape(slots[slot])) if not _is_one(s)]
-        if len(wide) == 1 and _counts_up(slots[slot], own[dim]):
+        if len(wide) == 1 and counts_up(slots[slot], own[dim]):
             same.append(Contract(0, dim, slot, wide[0]))
     return OpAxes(links=links, reads=[Read(0, i, "reads positions along it") for i in used], same=same)
 
 
-def _counts_up(node: fx.Node, size: Any) -> bool:
+def counts_up(node: fx.Node, size: Any) -> bool:
     """Whether a node holds 0, 1, ..., size-1 (an arange, reshaped): indexing with it reads every position in order."""
     while op_name(node) in ("unsqueeze", "slice", "expand", "view", "reshape", "to", "alias", "add") and node.args:
         if op_name(node) == "add" and node.args[1] != 0:
@@ -305,6 +305,22 @@ def scatter(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     given = argument(node, "dim", None)
     read = set(range(rank)) if given is None else {_wrap(given, rank)}
     return _in_place_of(node, slots, read, "writes positions along it")
+
+
+@rule("thin")
+def thin(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
+    """Which rows of the keys and values stay is what a pass that prunes knows."""
+    links = [Link(i, 0, i) for i in (0, 1, 3)]
+    return OpAxes(links=links, reads=[Read(slot, 2, "picks rows of it") for slot in (0, 1)])
+
+
+@rule("spread")
+def spread(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
+    """Stands for its operand `dense` where that is given; else its rows are those of a text that is nowhere in the graph."""
+    dense = argument(node, "dense")
+    if dense is None:
+        return OpAxes(links=[Link(i, 0, i) for i in (0, 1, 3)])
+    return OpAxes(links=[Link(i, slots.index(dense), i) for i in range(4)])
 
 
 @rule("embedding")
