@@ -145,7 +145,7 @@ class PolicyLayer(GrowingLayer):
             self._drop(rows)
         start, self.seen, self.prompted = self.seen, self.seen + rows, rows > 1
         new, dense = (key_states, value_states), None
-        if self.pruned is not None and start == 0 and self.pruned.cuts.prunes(rows):
+        if self.pruned is not None and start == self.store.length == 0 and self.pruned.cuts.prunes(rows):  # both are guarded: no row is old
             new, dense = self.pruned.thin(key_states, value_states, number), new
         keys, values = self.store.append(*new)
         if self.policy.evict is not None:

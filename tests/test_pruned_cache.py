@@ -126,7 +126,7 @@ def last(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Ten
     return out
 
 
-@pytest.mark.parametrize(("name", "pads"), each(("lazyllm", 5), ("evicts", 5)))
+@pytest.mark.parametrize(("name", "pads"), each(("lazyllm", 5)))
 def test_steps_after_a_pruned_prompt_equal_their_masked_form(name: str, pads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = deep(), conversation((LENGTH, *[1] * STEPS), pads)
     dense, plain, cache, run = DynamicCache(), DynamicCache(), dyncc.KVCache(RECIPES[name][0]), compiled(model)
@@ -197,6 +197,7 @@ def test_a_prompt_that_keeps_every_token_is_the_dense_one_bit_by_bit(recipe: str
     last(model, dyncc.KVCache("prune-tokens{keep=0.5 layers=1}"), prompt(1, 1)["input_ids"])  # a single token stays
 
 
+@pytest.mark.full
 def test_two_sequences_do_not_leak_copies_and_other_orders_go_on_apart_and_a_reset_forgets() -> None:
     run, calls = compiled(deep()), conversation((LENGTH, *[1] * 5), pads=3)
     alone, a, b = [], dyncc.KVCache(HALF), dyncc.KVCache(HALF)
