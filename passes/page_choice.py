@@ -118,7 +118,7 @@ class PageChoice:
         return made
 
     def keys(self, q: Tensor, k: Tensor, visible: Tensor | None, kept: tuple[Tensor, ...] = ()) -> Tensor:
-        """The spans [B, C, S] of `read` keys for q [B, H, 1, D] of k [B, G, N, D], visible [B, 1, N] or all; with what a cache has `kept`."""
+        """The spans [B, C, S] of `read` keys for q [B, H, 1, D] and k [B, G, N, D], visible [B, 1, N] or all, with what a cache keeps."""
         if self.score == "bound":
             low, high = kept or page_bounds(k, self.page, visible)
             score, told = SCORE_PAGES(q, low, high, self.share), None
