@@ -114,6 +114,18 @@ def test_all_pairs_are_the_exact_choice_and_all_keys_the_dense_model(file: Path)
 
 
 @pytest.mark.full
+def test_batch_and_padding_do_not_change_a_row(file: Path) -> None:
+    ids, mask, *past = step(24)
+    made = optimized((ids, mask, *past), f"fasa{{budget=8 pairs=3 file={file}}}", STEP_SIZES)
+    both = made(ids, mask, *past)[0]
+    torch.testing.assert_close(made(ids[[1, 0]], mask[[1, 0]], *(t[[1, 0]] for t in past))[0][[1, 0]], both, rtol=1e-4, atol=1e-5)
+    other = [t.clone() for t in past]
+    for t in other:
+        t[0, :, :3], t[1] = 50.0, -t[1]
+    torch.testing.assert_close(made(ids, mask, *other)[0][:1], both[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
 def test_it_exports_to_onnx_is_saved_and_inductor_agrees(file: Path, tmp_path: Path) -> None:
     text = f"fasa{{budget=8 pairs=3 file={file}}}"
     made = optimized(step(40), text, STEP_SIZES)
