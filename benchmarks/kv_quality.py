@@ -92,7 +92,8 @@ class Selecting:
         if layer >= self.passed.dense:
             due = self.served == self.passed.reuse if self.passed.layers is None else layer in self.passed.layers.places
             if chooses := self.chosen is None or due:
-                self.chosen, self.served = self._choose(q, k, attn_mask), 0
+                chosen = self._choose(q, k, attn_mask)
+                self.chosen, self.served = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1), 0
             else:
                 self.served += 1
             if not (chooses and self.passed.full):

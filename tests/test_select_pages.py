@@ -191,7 +191,7 @@ def test_cost_is_one_row_a_span_and_level_and_the_chosen_keys() -> None:
 @pytest.mark.parametrize("passes", ["hisa{budget=16 page=4 beam=6}", pytest.param(HIP, marks=pytest.mark.full)])
 def test_a_cache_keeps_the_means_and_steps_equal_their_masked_form(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of which pads are a part always stay, since the cache's means count them."""
-    calls = conversation((40, *[1] * 8))
+    calls = [(ids.contiguous(), mask.contiguous()) for ids, mask in conversation((40, *[1] * 8))]
     model, cache, form = tiny_llama(), dyncc.KVCache(passes), RefinedForm(build(passes)[0], F.scaled_dot_product_attention)
     form.partly_hidden_stay = True
     expected, plain = [], DynamicCache()

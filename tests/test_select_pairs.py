@@ -177,7 +177,8 @@ def test_files_that_do_not_fit_are_told(file: Path, tmp_path: Path) -> None:
     refused(tmp_path / "other", "it is no file of rotary pairs")
     save_file({"weights": torch.zeros(2)}, tmp_path / "other")
     refused(tmp_path / "other", "it cannot be read")
-    refused(file, "it is for 2 attentions of 4 heads of width 16, the graph has 2 of 4 heads of width 8", decoder(head_dim=8))
+    wide = decoder(num_attention_heads=8, head_dim=16)
+    refused(file, "it is for 2 attentions of 4 heads of width 16, the graph has 2 of 8 heads of width 16", wide)
     refused(file, "parameters differ", decoder(initializer_range=0.5))
 
 

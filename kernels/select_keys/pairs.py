@@ -30,7 +30,7 @@ def pair_scores(q: Tensor, k: Tensor, channels: Tensor, share: str) -> Tensor:
     groups, keys = k.shape[1], k.shape[2]
     each, wide = heads // groups, channels.shape[1]
     row = q.squeeze(2).gather(2, channels.expand(batch, heads, wide)).view(batch, groups, each, wide, 1)
-    at = channels.view(groups, 1, each * wide).expand(batch, groups, keys, each * wide)
+    at = channels.reshape(groups, 1, each * wide).expand(batch, groups, keys, each * wide)
     parts = k.gather(3, at).view(batch, groups, keys, each, wide).transpose(2, 3)
     return shared_scores((parts @ row).view(batch, heads, keys).float(), groups, share)
 
