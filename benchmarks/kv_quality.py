@@ -30,7 +30,7 @@ from dyncc.bench_result import environment
 from dyncc.calibrate import calibrate_pairs
 from dyncc.decoding import Prefill, continuation_nll, flatten_cache
 from dyncc.kernels.evict_keys import column_sums, row_weights, window_sums
-from dyncc.kernels.select_keys import page_keys, shared_scores, take_keys
+from dyncc.kernels.select_keys import page_bounds, page_keys, page_means, shared_scores, take_keys
 from dyncc.models import english_tokens, load_smollm2
 from dyncc.pair_order import load_pairs
 from dyncc.passes.evict_kv import EvictKV
@@ -105,7 +105,8 @@ class Selecting:
         passed, keys = self.passed, seen.shape[3]
         k = k[:, :: k.shape[1] // self.groups]  # the copies that transformers makes for each head
         if passed.score in PAGE_SCORES:
-            rows = [self._page_keys(q[:, :, i : i + ROWS], k, seen[0, 0, i : i + ROWS]) for i in range(0, q.shape[2], ROWS)]
+            kept = self._kept(k)
+            rows = [self._page_keys(q[:, :, i : i + ROWS], k, seen[0, 0, i : i + ROWS], kept) for i in range(0, q.shape[2], ROWS)]
             return torch.cat(rows, 2)
         score, last = self._scores(q, k, seen), seen.sum(3, keepdim=True)
         place = torch.arange(keys)
@@ -114,11 +115,18 @@ class Selecting:
         best = torch.topk(score, min(passed.budget, keys), dim=3).indices
         return torch.zeros(score.shape, dtype=torch.bool).scatter_(3, best, True)
 
-    def _page_keys(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    def _kept(self, k: Tensor) -> tuple[Tensor, ...]:
+        """What a cache keeps of its pages. Of a row's last page it counts later keys too, but that page is always chosen."""
+        if self.passed.score == "bound":
+            return page_bounds(k, self.passed.page)
+        return (page_means(k, self.passed.page)[:, :, :-1],) if self.passed.score == "mean" else ()
+
+    def _page_keys(self, q: Tensor, k: Tensor, seen: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """As the pass chooses by pages, each row a step of its own: [1, C, T, N] of q [1, H, T, D] and seen [T, N]."""
         steps, keys = q.transpose(0, 2), k.shape[2]
         pages = self.passed.pages
-        index = page_keys(pages.keys(steps, k.expand(q.shape[2], *k.shape[1:]), seen.unsqueeze(1)), pages.read)
+        k, *held = (t.expand(q.shape[2], *t.shape[1:]) for t in (k, *kept))
+        index = page_keys(pages.keys(steps, k, seen.unsqueeze(1), tuple(held)), pages.read)
         chosen = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool).scatter_(2, index.clamp(max=keys), True)
         return chosen[None, :, :, :keys].transpose(1, 2)
 

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from dyncc.analysis.attention import AttentionRegion
-from dyncc.analysis.facts import analyse
+from dyncc.analysis.attention import AttentionRegion, find_attention
 from dyncc.capture import from_model
 from dyncc.decoding import Prefill
 from dyncc.errors import BadCalibration, OutputNotWritable
@@ -44,14 +43,14 @@ def calibrate_pairs(
         BadCalibration: a text is too short, or the model's attention or rotary embedding is not understood.
         OutputNotWritable: the file cannot be written.
     """
-    total, count, channels = torch.zeros(0), 0, [(0, 0)]
+    total, count, channels, graphs = torch.zeros(0), 0, [(0, 0)], dict[Any, Any]()
     for ids in texts:
         if ids.dim() != 2 or ids.shape[1] <= top:
             raise BadCalibration(problem=f"token ids of {list(ids.shape)} are given; each text must be [batch, more than top={top} tokens]")
-        program, sites, flat = _captured(model, ids)
+        program, sites, state = graphs[ids.shape] = graphs.get(ids.shape) or _captured(model, ids)
         channels = _channels(sites, layout)
         watch = _Watch(program.module, sites, partial(agreements, channels=channels, top=top, rows=rows))
-        watch.run(*flat)
+        watch.run(*state, ids)
         found = torch.stack(watch.found)
         total, count = found + (total if count else 0.0), count + 1
     if not count:
@@ -94,13 +93,13 @@ class _Watch(fx.Interpreter):
         return super().run_node(n)
 
 
-def _captured(model: nn.Module, ids: Tensor) -> tuple[Program, tuple[AttentionRegion, ...], list[Tensor]]:
-    """The model as a graph, its attentions, and the graph's inputs."""
+def _captured(model: nn.Module, ids: Tensor) -> tuple[Program, tuple[AttentionRegion, ...], tuple[Tensor, ...]]:
+    """The model as a graph for such token ids, its attentions, and its parameters and buffers."""
     program, signature = from_model(Prefill(model), (ids,))
-    facts = analyse(program)
-    if not facts.attention or facts.misses or not all(site.fused for site in facts.attention):
+    sites, _, misses = find_attention(program.graph)
+    if not sites or misses or not all(site.fused for site in sites):
         raise BadCalibration(problem="the model's attention must be SDPA throughout; load it with attn_implementation='sdpa'")
-    return program, facts.attention, [*signature.state, ids]
+    return program, sites, signature.state
 
 
 def _channels(sites: tuple[AttentionRegion, ...], layout: Layout | None) -> list[tuple[int, int]]:
