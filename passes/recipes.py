@@ -152,12 +152,12 @@ HISA = Recipe(
     name="hisa",
     pass_name="select-kv",
     options={
-        "budget": "2048", "score": "mean", "share": "group", "page": "64", "beam": "128", "sinks": "0", "recents": "1",
+        "budget": "2048", "score": "mean", "share": "group", "page": "64", "beam": "128", "sinks": "4", "recents": "1",
     },
     citation="Xu et al., HISA: Efficient Hierarchical Indexing for Fine-Grained Sparse Attention, 2026",
     needs="training-free",
     note="pages of 64 by their mean, then the best keys of 128 of them; made for models with a trained indexer, whose place the mean of "
-    "q.k over a group of heads takes here",
+    "q.k over a group of heads takes here; 4 sinks always stay, since the mean of their page does not show them",
     confidence="medium",
 )
 
@@ -175,14 +175,14 @@ HIP = Recipe(
     name="hip",
     pass_name="select-kv",
     options={
-        "budget": "512", "score": "middle", "share": "head", "page": "64", "branch": "2", "beam": "256", "sinks": "0", "recents": "1",
+        "budget": "512", "score": "middle", "share": "head", "page": "64", "branch": "2", "beam": "256", "sinks": "4", "recents": "1",
         "dense": "3",
     },
     citation="Lee et al., A Training-free Sub-quadratic Cost Transformer Model Serving Framework With Hierarchically Pruned "
     "Attention, 2024",
     needs="training-free",
     note="spans by the key in their middle, halved from 64 keys to 2; the authors' first spans grow with the length, and they choose anew "
-    "every 8 steps only; a key that its neighbours do not resemble may be missed",
+    "every 8 steps only; a key that its neighbours do not resemble may be missed, so 4 sinks always stay",
     confidence="medium",
 )
 
