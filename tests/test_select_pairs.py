@@ -20,7 +20,7 @@ from dyncc.calibrate import agreements
 from dyncc.decoding import Decode
 from dyncc.errors import BadCalibration, BadOptionValue, BadPairFile, OutputNotWritable
 from dyncc.kernels.select_keys import key_scores, pair_channels, pair_scores
-from dyncc.pair_order import load_pairs
+from dyncc.pair_order import PairOrder, load_pairs
 from dyncc.passes.select_kv import SelectKV
 from dyncc.rewrite import Context, apply_pass
 
@@ -177,8 +177,9 @@ def test_files_that_do_not_fit_are_told(file: Path, tmp_path: Path) -> None:
     refused(tmp_path / "other", "it is no file of rotary pairs")
     save_file({"weights": torch.zeros(2)}, tmp_path / "other")
     refused(tmp_path / "other", "it cannot be read")
-    wide = decoder(num_attention_heads=8, head_dim=16)
-    refused(file, "it is for 2 attentions of 4 heads of width 16, the graph has 2 of 8 heads of width 16", wide)
+    order = load_pairs(file)
+    PairOrder(order.pairs[:1], order.channels, order.parameters).save(tmp_path / "short", {})
+    refused(tmp_path / "short", "it is for 1 attentions of 4 heads of width 16, the graph has 2 of 4 heads of width 16")
     refused(file, "parameters differ", decoder(initializer_range=0.5))
 
 
