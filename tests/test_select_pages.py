@@ -98,7 +98,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("options", [pytest.param(o, marks=[pytest.mark.full] if i % 4 else []) for i, o in enumerate(CASES)])
+@pytest.mark.parametrize("options", [pytest.param(o, marks=[pytest.mark.full] if i else []) for i, o in enumerate(CASES)])
 def test_a_search_from_pages_to_keys_equals_its_masked_form(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"select-kv{{budget=10 {options}}}"
     made, passed = optimized(step(60), text, STEP_SIZES), build(text)[0]
@@ -188,7 +188,8 @@ def test_cost_is_one_row_a_span_and_level_and_the_chosen_keys() -> None:
     assert made.report.flops["dense"] - made.report.flops["now"] == 2 * LAYERS * (2 * product * 41 - spent)
 
 
-@pytest.mark.parametrize("passes", ["hisa{budget=16 page=4 beam=6}", pytest.param(HIP, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("passes", ["hisa{budget=16 page=4 beam=6}", HIP])
 def test_a_cache_keeps_the_means_and_steps_equal_their_masked_form(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of which pads are a part always stay, since the cache's means count them."""
     calls = [(ids.contiguous(), mask.contiguous()) for ids, mask in conversation((40, *[1] * 8))]
