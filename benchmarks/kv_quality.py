@@ -5,7 +5,7 @@
 Policies that evict drop keys once, when the prompt ends; one that prunes leaves tokens out of the layers behind its cut, as a
 `dyncc.KVCache` made with it does. Policies that select are run as their masked form: each of the tokens ahead sees
 the keys that its own step would choose (tests/test_select_kv.py shows that the pass computes the same). Perplexity is that of the tokens
-ahead, teacher-forced; intervals are bootstrap 95 % over documents.
+ahead, teacher-forced; intervals are bootstrap 95 % over documents. Rotary pairs are calibrated on other text behind the documents.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,11 +27,14 @@ from torch.nn import functional as F
 
 import dyncc
 from dyncc.bench_result import environment
+from dyncc.calibrate import calibrate_pairs
 from dyncc.decoding import Prefill, continuation_nll, flatten_cache
 from dyncc.kernels.evict_keys import column_sums, row_weights, window_sums
-from dyncc.kernels.select_keys import page_bounds, page_scores, shared_scores, take_keys
+from dyncc.kernels.select_keys import page_bounds, page_keys, page_means, shared_scores, take_keys
 from dyncc.models import english_tokens, load_smollm2
+from dyncc.pair_order import load_pairs
 from dyncc.passes.evict_kv import EvictKV
+from dyncc.passes.page_choice import PAGE_SCORES
 from dyncc.passes.prune_tokens import PruneTokens
 from dyncc.passes.select_kv import SelectKV
 from dyncc.pipeline import build
@@ -39,9 +45,16 @@ SELECT = [
     "select-kv{budget=256 score=logits share=head sinks=0 recents=0}",
     "tokenselect{budget=256 sinks=16 recents=64}",
     "quest{budget=512}",
+    "hisa{budget=256 page=16 beam=32}",
+    "hip{budget=512}",
+    "fasa{budget=256 pairs=8}",
     "tidaldecode{budget=256}",
     "sink-window{budget=512}",
 ]
+CALIBRATION = 1024
+"""Tokens of each of the four texts that rotary pairs are chosen by."""
+ROWS = 32
+"""Steps that are chosen for at once, where each gathers keys of its own."""
 Attention = Callable[..., Tensor]
 
 
@@ -79,7 +92,8 @@ class Selecting:
         if layer >= self.passed.dense:
             due = self.served == self.passed.reuse if self.passed.layers is None else layer in self.passed.layers.places
             if chooses := self.chosen is None or due:
-                self.chosen, self.served = self._choose(q, k, attn_mask), 0
+                chosen = self._choose(q, k, attn_mask)
+                self.chosen, self.served = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1), 0
             else:
                 self.served += 1
             if not (chooses and self.passed.full):
@@ -88,24 +102,39 @@ class Selecting:
 
     def _choose(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         """The keys [1, C, T, N] chosen for each row, C = 1 or the heads."""
-        passed, page = self.passed, self.passed.page if self.passed.score == "bound" else 1
+        passed, keys = self.passed, seen.shape[3]
         k = k[:, :: k.shape[1] // self.groups]  # the copies that transformers makes for each head
-        keys, last = seen.shape[3], seen.sum(3, keepdim=True)
-        if passed.score == "bound":
-            low, high = page_bounds(k, page)
-            rows = [page_scores(q[:, :, i : i + 1], low, high, passed.share) for i in range(q.shape[2])]
-            score, last = torch.stack(rows, 2), (last + page - 1) // page
-        else:
-            score = self._scores(q, k, seen)
-        place = torch.arange(score.shape[3])
-        sinks, recents = passed._forced_pages() if page > 1 else (passed.sinks, passed.recents)
-        score = score.masked_fill((place < sinks) | (place >= last - recents), torch.inf).masked_fill(place >= last, -torch.inf)
-        best = torch.topk(score, min(passed.budget // page, score.shape[3]), dim=3).indices
-        chosen = torch.zeros(score.shape, dtype=torch.bool).scatter_(3, best, True)
-        return chosen.repeat_interleave(page, 3)[..., :keys] if page > 1 else chosen
+        if passed.score in PAGE_SCORES:
+            kept = self._kept(k)
+            rows = [self._page_keys(q[:, :, i : i + ROWS], k, seen[0, 0, i : i + ROWS], kept) for i in range(0, q.shape[2], ROWS)]
+            return torch.cat(rows, 2)
+        score, last = self._scores(q, k, seen), seen.sum(3, keepdim=True)
+        place = torch.arange(keys)
+        forced = (place < passed.sinks) | (place >= last - passed.recents)
+        score = score.masked_fill(forced, torch.inf).masked_fill(place >= last, -torch.inf)
+        best = torch.topk(score, min(passed.budget, keys), dim=3).indices
+        return torch.zeros(score.shape, dtype=torch.bool).scatter_(3, best, True)
+
+    def _kept(self, k: Tensor) -> tuple[Tensor, ...]:
+        """What a cache keeps of its pages. Of a row's last page it counts later keys too, but that page is always chosen."""
+        if self.passed.score == "bound":
+            return page_bounds(k, self.passed.page)
+        return (page_means(k, self.passed.page)[:, :, :-1],) if self.passed.score == "mean" else ()
+
+    def _page_keys(self, q: Tensor, k: Tensor, seen: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """As the pass chooses by pages, each row a step of its own: [1, C, T, N] of q [1, H, T, D] and seen [T, N]."""
+        steps, keys = q.transpose(0, 2), k.shape[2]
+        pages = self.passed.pages
+        k, *held = (t.expand(q.shape[2], *t.shape[1:]) for t in (k, *kept))
+        index = page_keys(pages.keys(steps, k, seen.unsqueeze(1), tuple(held)), pages.read)
+        chosen = torch.zeros(*index.shape[:2], keys + 1, dtype=torch.bool).scatter_(2, index.clamp(max=keys), True)
+        return chosen[None, :, :, :keys].transpose(1, 2)
 
     def _scores(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         batch, heads, rows, width = q.shape
+        if self.passed.file is not None:
+            only = torch.tensor(load_pairs(Path(self.passed.file)).best(self.calls - 1, self.passed.pairs))
+            q = q * torch.zeros(heads, width).scatter_(1, only, 1.0)[:, None]
         logits = (q.reshape(batch, self.groups, -1, width) @ k.transpose(2, 3) * width**-0.5).view(batch, heads, rows, -1)
         if self.passed.score == "recents":
             return torch.arange(k.shape[2]).float().expand(batch, 1, rows, -1).clone()
@@ -179,12 +208,17 @@ def main(argv: list[str] | None = None) -> None:
     policies = {text: build(text)[0] for text in options.passes or usual}
     model, tokenizer = load_smollm2()
     span = options.prompt + options.ahead
-    documents = english_tokens(tokenizer)[: options.documents * span].view(options.documents, 1, span)
+    tokens = english_tokens(tokenizer)
+    documents = tokens[: options.documents * span].view(options.documents, 1, span)
     losses: dict[str, list[float]] = {name: [] for name in ("dense", *policies)}
-    for number, ids in enumerate(documents):
-        for name, loss in read(model, ids, options.prompt, policies).items():
-            losses[name].append(loss)
-        progress("documents", number + 1, options.documents)
+    with TemporaryDirectory() as folder:
+        if any(isinstance(policy, SelectKV) and policy.score == "pairs" for policy in policies.values()):
+            file = calibrate_pairs(model, tokens[-4 * CALIBRATION :].view(4, 1, CALIBRATION), Path(folder) / "pairs")
+            policies = {n: replace(p, file=str(file)) if getattr(p, "score", "") == "pairs" else p for n, p in policies.items()}
+        for number, ids in enumerate(documents):
+            for name, loss in read(model, ids, options.prompt, policies).items():
+                losses[name].append(loss)
+            progress("documents", number + 1, options.documents)
     rows = table(losses)
     if options.write:
         title = f"{options.documents} x {options.prompt} + {options.ahead} tokens"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dyncc.artefact import load
+    from dyncc.calibrate import calibrate_pairs
     from dyncc.catalogue import PassInfo, list_passes
     from dyncc.errors import DynccError, DynccUsageError, RefusedError
     from dyncc.kv_cache import KVCache
@@ -22,6 +23,7 @@ _PLACES = {
     "PassInfo": "catalogue",
     "Region": "report",
     "Report": "report",
+    "calibrate_pairs": "calibrate",
     "Rewrite": "report",
     "explain": "runtime",
     "list_passes": "catalogue",
@@ -32,8 +34,8 @@ _PLACES = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite", "explain",
-    "list_passes", "load", "optimize", "reports",
+    "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite",
+    "calibrate_pairs", "explain", "list_passes", "load", "optimize", "reports",
 ]  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def _apply(
     if any(op_name(n) in AUTOCAST for n in current.graph.nodes):
         reason = "the graph switches autocast on or off inside; compile under one autocast setting, or cast the model"
         return Applied(current, False, False, reason)
-    applied = apply_pass(current, passed, Context(trace=settings.trace), draft)
+    applied = apply_pass(current, passed, Context(settings.trace, judge.examples[0] if judge.examples else None), draft)
     if not applied.modified or passed.exact:
         return applied
     before, after = costs[current], costs[applied.program]

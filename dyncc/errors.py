@@ -175,6 +175,18 @@ class UnsupportedModel(DynccUsageError):
     template = "{what}, which dyncc does not understand; {hint}"
 
 
+class BadCalibration(DynccUsageError):
+    """`dyncc.calibrate_pairs` was given a model or texts that it cannot learn from."""
+
+    template = "cannot calibrate: {problem}"
+
+
+class BadPairFile(DynccUsageError):
+    """A file of rotary pairs that is missing, damaged, or made for another model."""
+
+    template = "cannot take rotary pairs from {path}: {problem}; dyncc.calibrate_pairs writes such files"
+
+
 class CacheNotServed(DynccUsageError, RuntimeError):
     """A `dyncc.KVCache` with passes was given to a model that dyncc did not compile, or whose attention it cannot follow."""
 

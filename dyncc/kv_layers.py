@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyncc.errors import CacheNotServed, PackageMissing
-from dyncc.kv_pages import PageBounds
+from dyncc.kv_pages import pages_for
 from dyncc.kv_pruned import PromptCuts, PrunedPrompt
 from dyncc.kv_store import ROOM, KVStore
 
@@ -124,14 +124,14 @@ class PolicyLayer(GrowingLayer):
         self.scores: Tensor | None = None
         self.seen = 0
         self.prompted = False
-        self.bounds = PageBounds(policy.select.page) if policy.select is not None and policy.select.score == "bound" else None
+        self.pages = pages_for(policy.select)
         self.pruned = PrunedPrompt(policy.prune) if policy.prune is not None else None
 
     def __copy__(self) -> PolicyLayer:
         twin = PolicyLayer(self.policy)
-        bounds = self.bounds.copy() if self.bounds is not None else None
+        pages = self.pages.copy() if self.pages is not None else None
         pruned = self.pruned.copy() if self.pruned is not None else None
-        twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store), "bounds": bounds, "pruned": pruned}
+        twin.__dict__ |= {**self.__dict__, "store": copy.copy(self.store), "pages": pages, "pruned": pruned}
         return twin
 
     def update(  # type: ignore[override]
@@ -169,7 +169,7 @@ class PolicyLayer(GrowingLayer):
         index = evict.choose(self.scores, enough=True)
         self.store.gather(index, room=(evict.every or ROOM) + rows)
         self.scores = self.scores.gather(2, index)
-        self._forget_bounds()
+        self._forget_pages()
         if self.pruned is not None:
             self.pruned.forget()
 
@@ -189,11 +189,11 @@ class PolicyLayer(GrowingLayer):
         if not torch.compiler.is_compiling():
             raise CacheNotServed(passes=self.policy.select_text, problem=CacheNotServed.not_compiled)
         if rows != 1:
-            self._forget_bounds()
+            self._forget_pages()
             return keys
         assert self.store.buffer is not None
-        low, high = self.bounds.append(keys, rows, self.store.buffer.keys.shape[2]) if self.bounds is not None else (None, None)
-        marked: Tensor = torch.ops.dyncc.partly_read(keys, low, high, self.policy.select_text)
+        pages = self.pages.append(keys, rows, self.store.buffer.keys.shape[2]) if self.pages is not None else ()
+        marked: Tensor = torch.ops.dyncc.partly_read(keys, list(pages), self.policy.select_text)
         return marked
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -206,7 +206,7 @@ class PolicyLayer(GrowingLayer):
     def reset(self) -> None:
         super().reset()
         self.scores, self.seen, self.prompted = None, 0, False
-        self._forget_bounds()
+        self._forget_pages()
         if self.pruned is not None:
             self.pruned.forget()
 
@@ -220,15 +220,15 @@ class PolicyLayer(GrowingLayer):
         self.seen = max(0, self.seen + tokens_to_remove)
         if self.scores is not None:
             self.scores = self.scores[:, :, : self.store.length]
-        self._forget_bounds()
+        self._forget_pages()
 
     def change(self, edit: Callable[[Tensor], Tensor]) -> None:
         super().change(edit)
         self.scores = edit(self.scores) if self.scores is not None else None
-        self._forget_bounds()
+        self._forget_pages()
         if self.pruned is not None:
             self.pruned.change(edit)
 
-    def _forget_bounds(self) -> None:
-        if self.bounds is not None:
-            self.bounds.forget()
+    def _forget_pages(self) -> None:
+        if self.pages is not None:
+            self.pages.forget()

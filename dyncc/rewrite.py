@@ -8,6 +8,7 @@ promised, and finds out by itself whether anything was modified.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -44,9 +45,11 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may ask about its surroundings. `trace` asks lossy passes to return their selections as extra outputs."""
+    """What a pass may ask about its surroundings. `trace` asks lossy passes to return their selections as extra outputs; `values` are the
+    example's inputs, one a placeholder, parameters among them."""
 
     trace: bool = False
+    values: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)

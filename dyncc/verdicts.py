@@ -66,9 +66,14 @@ def _own_code() -> str:
 
 
 def sources(passes: Iterable[object]) -> tuple[str, ...]:
-    """The text of the file of each pass, in order: an edited pass is a new pass."""
-    files = (sys.modules[type(passed).__module__].__file__ for passed in passes)
-    return tuple(Path(file).read_text(encoding="utf-8") if file else "" for file in files)
+    """The text of the file of each pass, in order, and digests of the files that options name: an edited pass is a new pass."""
+    found = []
+    for passed in passes:
+        own, named = sys.modules[type(passed).__module__].__file__, getattr(passed, "file", None)
+        found.append(Path(own).read_text(encoding="utf-8") if own else "")
+        if named is not None and Path(named).is_file():
+            found.append(hashlib.sha256(Path(named).read_bytes()).hexdigest())
+    return tuple(found)
 
 
 def key(graph: str, pass_sources: Iterable[str], options: str) -> str:

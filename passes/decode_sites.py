@@ -10,6 +10,7 @@ from torch import fx
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.ir import argument, is_symbolic, operands, same_size, shape
 from dyncc.passes.drop_repeat_kv import repeated
+from dyncc.passes.page_choice import PAGE_SCORES
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def parts(region: AttentionRegion) -> tuple[fx.Node, fx.Node, fx.Node]:
 
 def _spelled_problem(region: AttentionRegion, score: str) -> str:
     sizes, out = shape(logits(region)), shape(region.out)
-    if score == "bound":
-        return "it is spelled out, and bounds of pages need its plain queries and keys; load the model with attn_implementation='sdpa'"
+    if score in (*PAGE_SCORES, "pairs"):
+        return f"it is spelled out, and score={score} needs its plain queries and keys; load the model with attn_implementation='sdpa'"
     if len(sizes) != 4 or len(out) != 4 or len(shape(region.v)) != 4:
         return f"its logits are {list(sizes)}, not [batch, heads, row, keys]"
     if is_symbolic(sizes[2]) or sizes[2] != 1:

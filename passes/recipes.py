@@ -148,6 +148,44 @@ QUEST = Recipe(
     confidence="high",
 )
 
+HISA = Recipe(
+    name="hisa",
+    pass_name="select-kv",
+    options={
+        "budget": "2048", "score": "mean", "share": "group", "page": "64", "beam": "128", "sinks": "4", "recents": "1",
+    },
+    citation="Xu et al., HISA: Efficient Hierarchical Indexing for Fine-Grained Sparse Attention, 2026",
+    needs="training-free",
+    note="pages of 64 by their mean, then the best keys of 128 of them; made for models with a trained indexer, whose place the mean of "
+    "q.k over a group of heads takes here; 4 sinks always stay, since the mean of their page does not show them",
+    confidence="medium",
+)
+
+FASA = Recipe(
+    name="fasa",
+    pass_name="select-kv",
+    options={"budget": "256", "score": "pairs", "share": "head", "pairs": "16", "sinks": "0", "recents": "0"},
+    citation="Wang et al., FASA: Frequency-Aware Sparse Attention, ICLR 2026",
+    needs="fitting",
+    note="16 of the 64 rotary pairs of a head of width 128; file= takes what dyncc.calibrate_pairs found for the model on a few texts",
+    confidence="high",
+)
+
+HIP = Recipe(
+    name="hip",
+    pass_name="select-kv",
+    options={
+        "budget": "512", "score": "middle", "share": "head", "page": "64", "branch": "2", "beam": "256", "sinks": "4", "recents": "1",
+        "dense": "3",
+    },
+    citation="Lee et al., A Training-free Sub-quadratic Cost Transformer Model Serving Framework With Hierarchically Pruned "
+    "Attention, 2024",
+    needs="training-free",
+    note="spans by the key in their middle, halved from 64 keys to 2; the authors' first spans grow with the length, and they choose anew "
+    "every 8 steps only; a key that its neighbours do not resemble may be missed, so 4 sinks always stay",
+    confidence="medium",
+)
+
 TIDALDECODE = Recipe(
     name="tidaldecode",
     pass_name="select-kv",
@@ -161,6 +199,7 @@ TIDALDECODE = Recipe(
 )
 
 RECIPES: tuple[Recipe, ...] = (
-    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, TIDALDECODE, STREAMINGLLM, H2O, A2SF, KEYFORMER, SNAPKV, TOVA,
+    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF, KEYFORMER, SNAPKV,
+    TOVA,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

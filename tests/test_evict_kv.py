@@ -186,7 +186,7 @@ def test_steps_that_select_read_the_bounds_that_the_cache_keeps(passes: str) -> 
     for layer in cache.layers:
         assert layer.store.length == held and layer.get_seq_length() == 99
         low, high = page_bounds(layer.keys, 4)
-        assert torch.equal(layer.bounds.low[:, :, : low.shape[2]], low) and torch.equal(layer.bounds.high[:, :, : low.shape[2]], high)
+        assert torch.equal(layer.pages.low[:, :, : low.shape[2]], low) and torch.equal(layer.pages.high[:, :, : low.shape[2]], high)
 
 
 @pytest.mark.full
@@ -196,12 +196,12 @@ def test_bounds_follow_a_second_prompt_and_branches_do_not_loosen_each_others() 
     for step in (ids, ids[:, :1], ids[:, 3:9], ids[:, 1:2]):  # a second prompt in between
         read(run, cache, step)
     low, high = page_bounds(cache.layers[0].keys, 4)
-    assert torch.equal(cache.layers[0].bounds.low[:, :, : low.shape[2]], low)
-    assert torch.equal(cache.layers[0].bounds.high[:, :, : low.shape[2]], high)
+    assert torch.equal(cache.layers[0].pages.low[:, :, : low.shape[2]], low)
+    assert torch.equal(cache.layers[0].pages.high[:, :, : low.shape[2]], high)
     other = copy.copy(cache)
-    then = other.layers[0].bounds.high.clone()
+    then = other.layers[0].pages.high.clone()
     read(run, cache, ids[:, 5:6])
-    assert torch.equal(other.layers[0].bounds.high, then)
+    assert torch.equal(other.layers[0].pages.high, then)
 
 
 def drawn(rows: int = 11, keys: int = 11) -> tuple[Tensor, Tensor, Tensor]:

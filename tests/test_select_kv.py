@@ -307,7 +307,7 @@ def test_refusals_say_why() -> None:
     model = decoder()
     model.set_attn_implementation("eager")
     eager = dyncc.optimize(Decode(model), step(24), passes="quest{budget=8 page=4 dense=0}", engine="reference")
-    assert "it is spelled out, and bounds of pages need its plain queries and keys" in eager.report.rewrites[0].reason
+    assert "it is spelled out, and score=bound needs its plain queries and keys" in eager.report.rewrites[0].reason
     none = dyncc.optimize(Decode(decoder()), step(24), passes="select-kv{dense=2}", engine="reference")
     assert none.report.rewrites[0].reason == "dense=2 leaves none of the 2 attentions"
     whole = dyncc.optimize(Decode(decoder()), step(24), passes="select-kv{full=true}", engine="reference")

@@ -17,25 +17,30 @@ from dyncc.kernels.select_keys import truth
 from dyncc.kernels.select_keys.pages import page_keys, page_scores
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
-_library.define("attend_row(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, int page, float? scale) -> Tensor")
+_library.define(
+    "attend_row(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, int page, float? scale, bool ragged=False) -> Tensor"
+)
 _library.define("score_keys(Tensor q, Tensor k, Tensor? visible, str score, str share, float? scale) -> Tensor")
 _library.define("score_pages(Tensor q, Tensor low, Tensor high, str share) -> Tensor")
 _library.define("select_best(Tensor score, int budget, Tensor? visible, int sinks, int recents) -> Tensor")
 
 
-def attend_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, page: int, scale: float | None) -> Tensor:
+def attend_row(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, page: int, scale: float | None, ragged: bool = False
+) -> Tensor:
     """Attention [B, H, 1, Dv] of q [B, H, 1, D] over k [B, G, N, D] and v [B, G, N, Dv], H a multiple of G.
 
     Args:
         mask: [B, 1, 1, N] (without `index`, any number of heads), bool (True is visible) or added.
         index: [B, C, S], the only keys to read, for C in 1, G, H; with `page` above 1 they are pages of so many keys. None reads all.
+        ragged: some indices of keys may lie behind the last key, and are none; those of pages always may.
     """
     if index is None:
         options = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         out: Tensor = torch.ops.aten.scaled_dot_product_attention.default(q, k, v, mask, 0.0, False, scale=scale, **options)
         return out
     at = page_keys(index, page) if page > 1 else index
-    return truth.attend_selected(q, k, v, mask, at, scale, ragged=page > 1)
+    return truth.attend_selected(q, k, v, mask, at, scale, ragged=ragged or page > 1)
 
 
 def score_keys(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, scale: float | None) -> Tensor:
@@ -52,8 +57,12 @@ def _choices(share: str, heads: int, groups: int) -> int:
     return {"head": heads, "group": groups, "layer": 1}[share]
 
 
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, page: int, scale: float | None) -> Tensor:
-    return (cpu.attend if cpu.takes(q, k, v) else attend_row)(q, k, v, mask, index, page, scale)
+def _attend_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, page: int, scale: float | None, ragged: bool = False
+) -> Tensor:
+    if not cpu.takes(q, k, v):
+        return attend_row(q, k, v, mask, index, page, scale, ragged)
+    return cpu.attend(q, k, v, mask, index, page, scale)  # it leaves out what lies behind the last key anyway
 
 
 def _score_on_cpu(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, scale: float | None) -> Tensor:

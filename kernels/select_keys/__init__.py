@@ -1,7 +1,9 @@
 """Choosing keys for one query row: scores of keys or of pages, the best as sorted indices, and attention over them alone."""
 
 from dyncc.kernels.select_keys.op import PARTLY_READ
-from dyncc.kernels.select_keys.pages import page_bounds, page_keys, page_scores, visible_pages
+from dyncc.kernels.select_keys.pages import page_bounds, page_keys, page_means, page_middles, page_scores, visible_pages
+from dyncc.kernels.select_keys.pairs import NUMBERS, pair_channels, pair_scores
+from dyncc.kernels.select_keys.refine import key_states, refine_pages, span_scores
 from dyncc.kernels.select_keys.truth import (
     attend_selected,
     attend_selected_logits,
@@ -15,6 +17,7 @@ from dyncc.kernels.select_keys.truth import (
 )
 
 __all__ = [
-    "PARTLY_READ", "attend_selected", "attend_selected_logits", "key_scores", "newest", "page_bounds", "page_keys", "page_scores",
-    "select_keys", "shared_scores", "take_keys", "visible_keys", "visible_logits", "visible_pages",
+    "NUMBERS", "PARTLY_READ", "attend_selected", "attend_selected_logits", "key_scores", "key_states", "newest", "page_bounds", "page_keys",
+    "page_means", "page_middles", "page_scores", "pair_channels", "pair_scores", "refine_pages", "select_keys", "shared_scores",
+    "span_scores", "take_keys", "visible_keys", "visible_logits", "visible_pages",
 ]

@@ -1,4 +1,5 @@
-"""Pages of keys: bounds of each, scores of pages for one query row, and the keys of chosen pages (Quest, Tang et al. 2024)."""
+"""Pages of keys: what stands for each (bounds, Quest, Tang et al. 2024; the mean; one key), scores of pages for one query row, and the keys
+of chosen pages."""
 
 from __future__ import annotations
 
@@ -26,10 +27,36 @@ def page_bounds(k: Tensor, page: int, visible: Tensor | None = None) -> tuple[Te
     return next(paged).amin(3), next(paged).amax(3)
 
 
-def _places(keys: Any, page: int, device: torch.device) -> tuple[Tensor, Any]:
+def _places(keys: Any, page: int, device: torch.device, spare: int = 0) -> tuple[Tensor, Any]:
     """The keys of all pages in a row; a ragged last page is filled up with the last key, which changes no bound. And how many pages."""
-    pages = (keys + page - 1) // page
+    pages = (keys + page - 1) // page + spare
     return torch.arange(pages * page, device=device).clamp(max=keys - 1), pages
+
+
+def page_means(k: Tensor, page: int, visible: Tensor | None = None) -> Tensor:
+    """The mean of each page's keys, [B, G, ceil(N / page) + 1, D] of float; zeros for a page of hidden keys, and in a spare page behind.
+
+    With a spare page their number is never 1, which a compiler of symbolic sizes would take for a size to broadcast.
+
+    Args:
+        k: [B, G, N, D]; visible: [B, 1, N] bool, hidden keys do not count.
+    """
+    batch, groups, keys, width = k.shape
+    at, pages = _places(keys, page, k.device, spare=1)
+    real = (torch.arange(pages * page, device=k.device) < keys).expand(batch, 1, pages * page)
+    counts = (real if visible is None else real & visible.index_select(2, at)).view(batch, 1, pages, page, 1)
+    rows = k.index_select(2, at).view(batch, groups, pages, page, width).float()
+    return rows.masked_fill(~counts, 0.0).sum(3) / counts.to(rows.dtype).sum(3).clamp(min=1.0)
+
+
+def page_middles(x: Tensor, page: int) -> Tensor:
+    """Of x [B, G, N, ...] the row in the middle of each page, or the last one where that lies behind it: [B, G, ceil(N / page) + 1, ...].
+
+    A spare page as in `page_means`.
+    """
+    keys: Any = x.shape[2]
+    pages = (keys + page - 1) // page + 1
+    return x.index_select(2, (torch.arange(pages, device=x.device) * page + page // 2).clamp(max=keys - 1))
 
 
 def page_scores(q: Tensor, low: Tensor, high: Tensor, share: str) -> Tensor:
