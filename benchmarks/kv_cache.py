@@ -26,7 +26,7 @@ from dyncc.timing import paired
 BASELINE = "eager, growing cache"
 EXACT = "dyncc, KVCache"
 POLICIES = [
-    "snapkv{budget=1024}", "tokenselect{budget=1024 sinks=16 recents=64}",
+    "snapkv{budget=1024}", "tokenselect{budget=1024 sinks=16 recents=64}", "quest{budget=1024}",
 ]  # fmt: skip
 
 
