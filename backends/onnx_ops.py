@@ -13,6 +13,7 @@ from onnxscript.values import Opset
 from dyncc.errors import NotTaken
 from dyncc.kernels.evict_keys import SUMS
 from dyncc.kernels.group_query_attention import OP as GROUP_QUERY_ATTENTION
+from dyncc.kernels.select_keys import NUMBERS
 
 aten = torch.ops.aten
 op: Any = opset23  # its type variables do not follow traced values
@@ -87,10 +88,15 @@ def column_sums(
     return op.ReduceSum(grouped, op.Constant(value_ints=[2]), keepdims=0)
 
 
+def numbers(values: list[int], sizes: list[int], device: Any) -> Any:
+    return op.Reshape(op.Constant(value_ints=values), op.Constant(value_ints=sizes))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.remainder.Scalar: remainder,
     aten.sort.default: sort,
     aten.sort.stable: stable_sort,
     GROUP_QUERY_ATTENTION: group_query_attention,
     SUMS: column_sums,
+    NUMBERS: numbers,
 }

@@ -18,15 +18,13 @@ from dyncc.ir import emit
 from dyncc.kernels.one_row import SCORE_PAGES, SELECT_BEST
 from dyncc.kernels.select_keys import (
     PARTLY_READ,
-    key_states,
     page_bounds,
     page_means,
     page_middles,
-    refine_pages,
-    span_scores,
     visible_keys,
     visible_pages,
 )
+from dyncc.kernels.select_keys.refine import key_states, refine_pages, span_scores
 
 PAGE_SCORES = ("bound", "mean", "middle")
 

@@ -21,7 +21,8 @@ from transformers import DynamicCache
 import dyncc
 from dyncc.decoding import Decode
 from dyncc.errors import BadOptionValue
-from dyncc.kernels.select_keys import key_states, page_keys, page_means, page_middles, refine_pages, select_keys, span_scores
+from dyncc.kernels.select_keys import page_keys, page_means, page_middles, select_keys
+from dyncc.kernels.select_keys.refine import key_states, refine_pages, span_scores
 from dyncc.kv_pages import PageMeans
 from dyncc.passes.select_kv import SelectKV
 from dyncc.pipeline import build

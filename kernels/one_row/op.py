@@ -22,7 +22,7 @@ _library.define(
 )
 _library.define("score_keys(Tensor q, Tensor k, Tensor? visible, str score, str share, float? scale) -> Tensor")
 _library.define("score_pages(Tensor q, Tensor low, Tensor high, str share) -> Tensor")
-_library.define("select_best(Tensor score, int budget, Tensor? visible, int sinks, int recents) -> Tensor")
+_library.define("select_best(Tensor score, int budget, Tensor? visible, int sinks, int recents, bool enough=False) -> Tensor")
 
 
 def attend_row(
@@ -48,9 +48,9 @@ def score_keys(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: 
     return truth.key_scores(q, k, None if visible is None else visible.unsqueeze(2), score, share, scale)
 
 
-def select_best(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int) -> Tensor:
+def select_best(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int, enough: bool = False) -> Tensor:
     """Sorted indices of the best scores, as `truth.select_keys` has them."""
-    return truth.select_keys(score, budget, visible, sinks, recents)
+    return truth.select_keys(score, budget, visible, sinks, recents, enough)
 
 
 def _choices(share: str, heads: int, groups: int) -> int:
@@ -77,9 +77,9 @@ def _pages_on_cpu(q: Tensor, low: Tensor, high: Tensor, share: str) -> Tensor:
     return cpu.score_pages(q, low, high, _choices(share, q.shape[1], low.shape[1]))
 
 
-def _select_on_cpu(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int) -> Tensor:
+def _select_on_cpu(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int, enough: bool = False) -> Tensor:
     if score.dtype != torch.float32 or not cpu.takes(score):
-        return select_best(score, budget, visible, sinks, recents)
+        return select_best(score, budget, visible, sinks, recents, enough)
     return cpu.select_best(score, min(budget, score.shape[2]), visible, sinks, recents)
 
 
@@ -114,9 +114,9 @@ def _fake_pages(q: Tensor, low: Tensor, high: Tensor, share: str) -> Tensor:
 
 
 @torch.library.register_fake("dyncc::select_best")
-def _fake_best(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int) -> Tensor:
+def _fake_best(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int, enough: bool = False) -> Tensor:
     keys: Any = score.shape[2]
-    count = torch.sym_min(budget, keys) if isinstance(keys, torch.SymInt) else min(budget, keys)
+    count = budget if enough else torch.sym_min(budget, keys) if isinstance(keys, torch.SymInt) else min(budget, keys)
     return score.new_empty((*score.shape[:2], count), dtype=torch.int64)
 
 

@@ -3,7 +3,6 @@
 from dyncc.kernels.select_keys.op import PARTLY_READ
 from dyncc.kernels.select_keys.pages import page_bounds, page_keys, page_means, page_middles, page_scores, visible_pages
 from dyncc.kernels.select_keys.pairs import NUMBERS, pair_channels, pair_scores
-from dyncc.kernels.select_keys.refine import key_states, refine_pages, span_scores
 from dyncc.kernels.select_keys.truth import (
     attend_selected,
     attend_selected_logits,
@@ -17,7 +16,7 @@ from dyncc.kernels.select_keys.truth import (
 )
 
 __all__ = [
-    "NUMBERS", "PARTLY_READ", "attend_selected", "attend_selected_logits", "key_scores", "key_states", "newest", "page_bounds", "page_keys",
-    "page_means", "page_middles", "page_scores", "pair_channels", "pair_scores", "refine_pages", "select_keys", "shared_scores",
-    "span_scores", "take_keys", "visible_keys", "visible_logits", "visible_pages",
+    "NUMBERS", "PARTLY_READ", "attend_selected", "attend_selected_logits", "key_scores", "newest", "page_bounds", "page_keys",
+    "page_means", "page_middles", "page_scores", "pair_channels", "pair_scores", "select_keys", "shared_scores",
+    "take_keys", "visible_keys", "visible_logits", "visible_pages",
 ]

@@ -15,7 +15,14 @@ def _numbers(values: list[int], sizes: list[int], device: torch.device) -> Tenso
     return torch.tensor(values, dtype=torch.int64, device=device).view(sizes)
 
 
-_library.impl("numbers", _numbers, "CompositeImplicitAutograd")
+_library.impl("numbers", _numbers, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dyncc::numbers")
+def _fake(values: list[int], sizes: list[int], device: torch.device) -> Tensor:
+    return torch.empty(sizes, dtype=torch.int64, device=device)
+
+
 NUMBERS = torch.ops.dyncc.numbers.default
 """A constant tensor of int64: graphs hold no constants but scalars."""
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dyncc.kernels.one_row import SELECT_BEST
 from dyncc.kernels.select_keys.pages import page_keys
-from dyncc.kernels.select_keys.truth import select_keys, shared_scores, take_keys
+from dyncc.kernels.select_keys.truth import shared_scores, take_keys
 
 HIDDEN, SHOWN, FORCED = 0.0, 1.0, 2.0
 """What may become of a span: it holds no visible key; it may be taken; it is taken whatever its score."""
@@ -79,4 +80,6 @@ def _at(states: Tensor, index: Tensor) -> Tensor:
 
 
 def _best(score: Tensor, states: Tensor, count: int) -> Tensor:
-    return select_keys(score.masked_fill(states == FORCED, torch.inf), count, states > HIDDEN, enough=True)
+    score = score.masked_fill(states == FORCED, torch.inf).masked_fill(states == HIDDEN, -torch.inf)
+    found: Tensor = SELECT_BEST(score, count, None, 0, 0, True)
+    return found
