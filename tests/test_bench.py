@@ -247,6 +247,7 @@ def peers_result() -> BenchResult:
     return bench(model, (), named, passes="", engine="reference", pairs=2, warmup=0, against=PEERS, evidence="off")
 
 
+@pytest.mark.full
 def test_every_peer_runs_the_same_model_in_one_run(peers_result: BenchResult) -> None:
     installed = [name for name in PEERS if name != "openvino" or find_spec("openvino")]
     assert set(peers_result.timings.seconds) >= {*installed, "dyncc"}, peers_result.timings.failures

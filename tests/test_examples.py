@@ -49,6 +49,7 @@ def test_vit_random() -> None:
     assert found["pruned"].shape == found["dense"].shape and torch.isfinite(found["pruned"]).all()
 
 
+@pytest.mark.full
 def test_onnx_generate_gives_the_eager_tokens_from_two_files(tmp_path: Path) -> None:
     example, model, prompt = load_example("onnx_generate"), decoder(), [5, 17, 42, 8]
     written = example.export(model, tmp_path, longest=128)

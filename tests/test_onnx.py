@@ -135,6 +135,7 @@ assert not {"torch", "dyncc"} & set(sys.modules)
     assert float(shown) == pytest.approx(float(made(ids, mask, *cache)[0].sum()), rel=1e-3)
 
 
+@pytest.mark.full
 def test_a_pruned_prefill_exports_with_its_shortened_cache(tmp_path: Path) -> None:
     ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
     sizes = ({0: BATCH, 1: LENGTH}, {0: BATCH, 1: LENGTH})

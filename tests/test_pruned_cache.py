@@ -126,7 +126,7 @@ def last(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Ten
     return out
 
 
-@pytest.mark.parametrize(("name", "pads"), each(("lazyllm", 5)))
+@pytest.mark.parametrize(("name", "pads"), each(("promptdistill", 5)))
 def test_steps_after_a_pruned_prompt_equal_their_masked_form(name: str, pads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = deep(), conversation((LENGTH, *[1] * STEPS), pads)
     dense, plain, cache, run = DynamicCache(), DynamicCache(), dyncc.KVCache(RECIPES[name][0]), compiled(model)
