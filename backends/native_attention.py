@@ -17,7 +17,7 @@ from torch import fx
 from dyncc import verdicts
 from dyncc.ir import Program, argument, aten, emit, hint, is_symbolic, operands, shape, val
 from dyncc.kernels.native import TYPES
-from dyncc.kernels.one_row import ATTEND_ROW
+from dyncc.kernels.one_row import ATTEND_ROW, TRUTHS
 from dyncc.timing import least_seconds
 
 SMALL = 1 << 19
@@ -80,14 +80,10 @@ def _measure(q_size: tuple[int, ...], k_size: tuple[int, ...], v_size: tuple[int
         q, k, v = (torch.randn(size).to(dtype) for size in (q_size, k_size, v_size))
         mask = None if kind is None else torch.ones(q_size[0], 1, 1, k_size[2], dtype=torch.bool)
         mask = mask if mask is None or kind == torch.bool else torch.zeros_like(mask, dtype=kind)
-        best = least_seconds({name: partial(way, q, k, v, mask, None) for name, way in (("sdpa", _sdpa), ("kernel", attend))})
-        error = (_sdpa(q, k, v, mask, None) - attend(q, k, v, mask, None)).abs().max()
+        ways = {"sdpa": partial(TRUTHS[ATTEND_ROW], q, k, v, mask, None, 1, None), "kernel": partial(attend, q, k, v, mask, None)}
+        best = least_seconds(ways)
+        error = (ways["sdpa"]() - ways["kernel"]()).abs().max()
     return bool(best["kernel"] * GAIN < best["sdpa"]) and bool(error <= (1e-4 if dtype == torch.float32 else 2e-2))
-
-
-def _sdpa(q: Any, k: Any, v: Any, mask: Any, scale: float | None) -> Any:
-    options = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return aten.scaled_dot_product_attention.default(q, k, v, mask, 0.0, False, scale=scale, **options)
 
 
 def attend(q: Any, k: Any, v: Any, mask: Any, scale: float | None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dyncc.ir import Program, emit
 from dyncc.kernels.one_row import TRUTHS
 
@@ -12,7 +14,7 @@ def spelled_out(program: Program) -> Program:
         return program
     spelled = program.copy()
     for node in [n for n in spelled.graph.nodes if n.target in TRUTHS]:
-        new = emit(node, TRUTHS[node.target], *node.args)
+        new = emit(node, partial(TRUTHS[node.target], **node.kwargs), *node.args)
         new.meta = {**node.meta, "val": new.meta["val"]}
         node.replace_all_uses_with(new)
         spelled.graph.erase_node(node)

@@ -80,7 +80,6 @@ inline float bound(const float* q, const T* low, const T* high) {
 
 struct Keys {  // which keys a unit reads: all `keys` of them, or `count` that `index` names (keys, or pages of `page` keys)
   const int64_t* index; int64_t count, page, keys;
-  int64_t total() const { return index ? count * page : keys; }
   int fill(int64_t from, int64_t to, int64_t* at) const {
     int n = 0;
     for (int64_t c = from; c < to; ++c) {
