@@ -10,6 +10,7 @@ from torch import fx
 
 from dyncc.backends.native import with_native_kernels
 from dyncc.backends.permuted_keys import spelled_safely
+from dyncc.backends.size_symbols import define_sizes
 from dyncc.ir import Program
 
 
@@ -18,6 +19,7 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
     lowered, notes = with_native_kernels(program)
     safe = spelled_safely(lowered)
     if program.door == 1:
+        define_sizes(safe.module.graph)
         run = compile_graph(safe.module, inputs)
     else:
         run = torch.compile(safe.module, backend="inductor", dynamic=dynamic, fullgraph=True)

@@ -2,16 +2,19 @@
 
     python benchmarks/kv_cache.py --cached 8000 --pairs 20 --write
 
-Every call reads one more token, so all caches grow alike; nothing is rewound. Outputs are compared with eager's at the end.
+Every call reads one more token, so all caches grow alike; nothing is rewound. Outputs are compared with eager's at the end. With `--peer`
+the transformers exporter's graph runs beside them in ONNX Runtime; it reads the same past and the same token with every call.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from onnx_decode import growing, peer_export, session
 from record import progress, write
 from torch import Tensor
 from transformers import StaticCache
@@ -23,7 +26,7 @@ from dyncc.models import english_tokens, load_smollm2
 from dyncc.quality import compare
 from dyncc.timing import paired
 
-BASELINE = "eager, growing cache"
+BASELINE, PEER = "eager, growing cache", "onnxruntime, transformers exporter"
 EXACT = "dyncc, KVCache"
 POLICIES = [
     "snapkv{budget=1024}", "tokenselect{budget=1024 sinks=16 recents=64}", "quest{budget=1024}",
@@ -79,6 +82,13 @@ def variants(model: Any, past: Sequence[Tensor], token: Tensor, room: int, polic
     }
 
 
+def exported(model: Any, tokenizer: Any, folder: Path, past: Sequence[Tensor]) -> Callable[[], Any]:
+    """The transformers exporter's step, made where `folder` has none."""
+    if not (folder / "decode.onnx").is_file():
+        peer_export(model, tokenizer, folder)
+    return growing(session(folder / "decode.onnx"), [t.numpy() for t in past])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Time all variants in turns, print ratios to eager's growing cache, and write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--peer", type=Path, help="folder of the transformers exporter's graphs (fp32), made when it does not exist")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kv_cache.json")
     options = parser.parse_args(argv)
     torch._dynamo.config.recompile_limit = 64  # all variants compile one forward
@@ -98,20 +109,26 @@ def main(argv: list[str] | None = None) -> None:
     token = tokens[options.cached : options.cached + 1][None].repeat(options.batch, 1)
     known = len(dyncc.reports())
     steps = variants(model, past, token, options.pairs + 64, options.passes)
-    timings = paired(steps, pairs=options.pairs, warmup=3, progress=progress)
+    peers = {PEER: exported(model, tokenizer, options.peer, past)} if options.peer else {}
+    timings = paired(steps | peers, pairs=options.pairs, warmup=3, progress=progress)
     reports = dyncc.reports()[known:]
     dense = steps[BASELINE].logits
+    fastest = min((n for n in timings.seconds if not n.startswith("dyncc")), key=timings.median)
     rows: dict[str, Any] = {}
     for name in timings.seconds:
         row: dict[str, Any] = {"ms": 1000 * timings.median(name), "first_call_seconds": timings.first[name]}
-        row |= {"ratio": timings.ratio(BASELINE, name).to_dict(), "bytes": getattr(steps[name].cache, "bytes", None)}
+        held = getattr(steps[name].cache, "bytes", None) if name in steps else None
+        row |= {"ratio": timings.ratio(BASELINE, name).to_dict(), "bytes": held}
         words = f"{row['ms']:7.1f} ms, {timings.ratio(BASELINE, name)} times eager"
         if name.removeprefix("dyncc, ") in options.passes:  # chosen keys were not the text's own: its logits say nothing
             row["ratio_to_exact"] = timings.ratio(EXACT, name).to_dict()
-            words += f", {timings.ratio(EXACT, name)} times the whole cache, {row['bytes'] / 1e6:.0f} MB held"
-        else:
+            words += f", {timings.ratio(EXACT, name)} times the whole cache, {held / 1e6:.0f} MB held"
+        elif name in steps:
             row |= compare(dense, steps[name].logits, model.config.vocab_size)
             words += f", error {row['max_rel_error']:.1e}"
+        if name.startswith("dyncc"):
+            row["ratio_to_fastest_peer"] = {"peer": fastest, **timings.ratio(fastest, name).to_dict()}
+            words += f", {timings.ratio(fastest, name)} times {fastest}"
         rows[name] = row
         print(f"{name:50} {words}, first call {row['first_call_seconds']:.0f} s")
     for name, why in timings.failures.items():

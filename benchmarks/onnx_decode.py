@@ -53,9 +53,10 @@ def session(path: Path) -> Any:
 
 def feeds(graph: Any, past: list[np.ndarray]) -> dict[str, np.ndarray]:
     """What a decode graph is fed with: one token after `past` (k0, v0, k1, ...)."""
-    keys = past[0].shape[2]
+    batch, _, keys, _ = past[0].shape
     known = {
-        "input_ids": np.array([[5]]), "attention_mask": np.ones((1, keys + 1), dtype=np.int64), "position_ids": np.array([[keys]]),
+        "input_ids": np.full((batch, 1), 5), "position_ids": np.full((batch, 1), keys),
+        "attention_mask": np.ones((batch, keys + 1), dtype=np.int64),
     }  # fmt: skip
     names = [v.name for v in graph.get_inputs()]
     cache = iter(past)
