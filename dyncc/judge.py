@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from dyncc import verdicts
 from dyncc.beside import Joint, joint
 from dyncc.evidence import beyond_tolerance, out_of_tolerance, quality, run_isolated, sample
-from dyncc.ir import Program, is_mutating
+from dyncc.ir import GETITEM, Program, is_mutating, op_name, outputs
 from dyncc.pipeline import render
 from dyncc.rewrite import graph_text, promised_outputs
 from dyncc.settings import Settings
@@ -53,6 +55,7 @@ class Judge:
         self.measured: dict[int, dict[str, Any]] = {}
         self.undone: dict[int, str] = {}
         self.seconds = 0.0
+        self.states = {i for i, n in enumerate(outputs(dense.graph)) if _is_state(n)}
         self.mutates = any(is_mutating(n) for n in dense.graph.nodes)
         self.key = ""
         if settings.evidence != "off" and settings.passes:
@@ -108,7 +111,8 @@ class Judge:
         return found
 
     def _measure(self, figures: dict[str, Any], dense: list[Any], now: list[Any]) -> None:
-        """What a lossy pass changes; the worst over the examples is kept."""
+        """What a lossy pass changes; the worst over the examples is kept. What a cache remembers for the next step is no result."""
+        dense, now = ([x for i, x in enumerate(values) if i not in self.states] for values in (dense, now))
         measured = {"metric": self.settings.metric(dense, now)} if self.settings.metric else quality(dense, now)
         for name, value in measured.items():
             worse = max if name in ("error", "kl") else min
@@ -130,6 +134,10 @@ class Judge:
         results, _ = run_isolated(program.module, values, self.mutates)
         promised = promised_outputs(program)
         return [r for i, r in enumerate(results) if not promised <= i < promised + program.extra_outputs]
+
+
+def _is_state(returned: Any) -> bool:
+    return isinstance(returned, fx.Node) and returned.target is GETITEM and op_name(returned.args[0]) == "remembered"  # type: ignore[arg-type]
 
 
 def _run_beside(made: Joint, values: list[Any], count: int) -> Seen:

@@ -81,7 +81,8 @@ def _policy(text: str) -> Policy:
     if prune:
         _check_prune(text, prune[0], evict[0] if evict else None)
     cuts = PromptCuts.of(prune[0]) if prune else None
-    return Policy(cuts, evict[0] if evict else None, select[0] if select else None, render(evict), render(select))
+    former = select[0].former if select else None
+    return Policy(cuts, evict[0] if evict else None, select[0] if select else None, render(evict), render(select), former)
 
 
 def _check_prune(text: str, prune: Any, evict: Any) -> None:

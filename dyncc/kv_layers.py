@@ -101,13 +101,14 @@ class GrowingLayer(DynamicLayer):
 @dataclass(frozen=True)
 class Policy:
     """What the passes of a cache do: `prune` shortens a prompt on its way through the layers, `evict` drops keys, `select` reads a part of
-    them in a step; each may be None. With texts of the latter two."""
+    them in a step; each may be None. With texts of the latter two; `former` says what the latter remembers between steps."""
 
     prune: PromptCuts | None
     evict: Any
     select: Any
     evict_text: str = ""
     select_text: str = ""
+    former: Any = None
 
 
 class PolicyLayer(GrowingLayer):
@@ -115,7 +116,8 @@ class PolicyLayer(GrowingLayer):
     positions go on counting every token that was read.
 
     `scores` [B, G, T] says what each key held has earned, and is -1 for pads, which go first: rows stay in order, so a mask over the last
-    T tokens of the text hides exactly the pads that are left (pads stand on the left).
+    T tokens of the text hides exactly the pads that are left (pads stand on the left). `state` is what a pass that selects left at the step
+    before; None where it starts anew.
     """
 
     def __init__(self, policy: Policy, **kwargs: Any) -> None:
@@ -125,6 +127,7 @@ class PolicyLayer(GrowingLayer):
         self.seen = 0
         self.prompted = False
         self.pages = pages_for(policy.select)
+        self.state: list[Tensor] | None = None
         self.pruned = PrunedPrompt(policy.prune) if policy.prune is not None else None
 
     def __copy__(self) -> PolicyLayer:
@@ -169,7 +172,7 @@ class PolicyLayer(GrowingLayer):
         index = evict.choose(self.scores, enough=True)
         self.store.gather(index, room=(evict.every or ROOM) + rows)
         self.scores = self.scores.gather(2, index)
-        self._forget_pages()
+        self._forget()
         if self.pruned is not None:
             self.pruned.forget()
 
@@ -189,11 +192,14 @@ class PolicyLayer(GrowingLayer):
         if not torch.compiler.is_compiling():
             raise CacheNotServed(passes=self.policy.select_text, problem=CacheNotServed.not_compiled)
         if rows != 1:
-            self._forget_pages()
+            self._forget()
             return keys
         assert self.store.buffer is not None
         pages = self.pages.append(keys, rows, self.store.buffer.keys.shape[2]) if self.pages is not None else ()
         marked: Tensor = torch.ops.dyncc.partly_read(keys, list(pages), self.policy.select_text)
+        if self.policy.former is not None:
+            state = self.state if self.state is not None else self.policy.former.state(keys)
+            self.state = list(torch.ops.dyncc.remembered(marked, state, self.policy.select_text))
         return marked
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -206,7 +212,7 @@ class PolicyLayer(GrowingLayer):
     def reset(self) -> None:
         super().reset()
         self.scores, self.seen, self.prompted = None, 0, False
-        self._forget_pages()
+        self._forget()
         if self.pruned is not None:
             self.pruned.forget()
 
@@ -220,15 +226,19 @@ class PolicyLayer(GrowingLayer):
         self.seen = max(0, self.seen + tokens_to_remove)
         if self.scores is not None:
             self.scores = self.scores[:, :, : self.store.length]
-        self._forget_pages()
+        self._forget()
 
     def change(self, edit: Callable[[Tensor], Tensor]) -> None:
         super().change(edit)
         self.scores = edit(self.scores) if self.scores is not None else None
-        self._forget_pages()
+        self.state = [edit(x) for x in self.state] if self.state is not None else None
+        if self.pages is not None:
+            self.pages.forget()
         if self.pruned is not None:
             self.pruned.change(edit)
 
-    def _forget_pages(self) -> None:
+    def _forget(self) -> None:
+        """Other keys stand where those of pages and choices stood."""
+        self.state = None
         if self.pages is not None:
             self.pages.forget()

@@ -43,8 +43,10 @@ def parts(region: AttentionRegion) -> tuple[fx.Node, fx.Node, fx.Node]:
     return (q, wide_k, wide_v) if wide_k is not None and wide_v is not None else (q, k, v)
 
 
-def _spelled_problem(region: AttentionRegion, score: str) -> str:
+def _spelled_problem(region: AttentionRegion, score: str, queries: bool) -> str:
     sizes, out = shape(logits(region)), shape(region.out)
+    if queries:
+        return "it is spelled out, and similar= needs its plain queries; load the model with attn_implementation='sdpa'"
     if score in (*PAGE_SCORES, "pairs"):
         return f"it is spelled out, and score={score} needs its plain queries and keys; load the model with attn_implementation='sdpa'"
     if len(sizes) != 4 or len(out) != 4 or len(shape(region.v)) != 4:
@@ -71,6 +73,6 @@ def _fused_problem(region: AttentionRegion) -> str:
     return ""
 
 
-def problem(region: AttentionRegion, score: str) -> str:
-    """Why keys cannot be chosen by a score for an attention; ''."""
-    return _fused_problem(region) if region.fused else _spelled_problem(region, score)
+def problem(region: AttentionRegion, score: str, queries: bool = False) -> str:
+    """Why keys cannot be chosen by a score, or by it and the queries themselves, for an attention; ''."""
+    return _fused_problem(region) if region.fused else _spelled_problem(region, score, queries)

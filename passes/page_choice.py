@@ -7,24 +7,27 @@ key in its middle (HiP, Lee et al. 2024, whose first spans grow with the length;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from dyncc.analysis.attention import AttentionRegion, kv_sources
-from dyncc.ir import emit
 from dyncc.kernels.one_row import SCORE_PAGES, SELECT_BEST
 from dyncc.kernels.select_keys import (
     PARTLY_READ,
     page_bounds,
     page_means,
     page_middles,
-    visible_keys,
     visible_pages,
 )
+from dyncc.kernels.select_keys.former import choose_spans
 from dyncc.kernels.select_keys.refine import key_states, refine_pages, span_scores
+
+if TYPE_CHECKING:
+    from dyncc.passes.former_choice import Before
 
 PAGE_SCORES = ("bound", "mean", "middle")
 
@@ -102,40 +105,37 @@ class PageChoice:
             return per_key, 0
         return per_key, self.beam * self._split * ((self._levels() or 0) - (self.read > 1))
 
-    def choose(self, region: AttentionRegion, q: fx.Node, k: fx.Node) -> fx.Node:
-        """The chosen spans [B, C, S] of `read` keys of one attention, computed in front of it. Some may lie behind the last key."""
+    def kept(self, region: AttentionRegion) -> list[fx.Node]:
+        """What a cache keeps of the pages of an attention's keys; nothing where there is no such cache."""
         mark = next((n for n in kv_sources(region) if n.target is PARTLY_READ and n.args[1]), None)
-        kept: list[Any] = list(mark.args[1]) if mark is not None else []  # type: ignore[arg-type]
-        masks = [region.mask] if region.mask is not None else []
+        return list(mark.args[1]) if mark is not None else []  # type: ignore[arg-type]
 
-        def chosen(q: Any, k: Any, *more: Any) -> Any:
-            visible = visible_keys(more[-1]) if masks else None
-            return self.keys(q, k, visible, more[: len(kept)])
-
-        made: fx.Node = emit(region.out, chosen, q, k, *kept, *masks)
-        return made
-
-    def keys(self, q: Tensor, k: Tensor, visible: Tensor | None, kept: tuple[Tensor, ...] = ()) -> Tensor:
-        """The spans [B, C, S] of `read` keys for q [B, H, 1, D] and k [B, G, N, D], visible [B, 1, N] or all, with what a cache keeps."""
+    def keys(
+        self, q: Tensor, k: Tensor, visible: Tensor | None, kept: Sequence[Tensor] = (), before: Before | None = None
+    ) -> Tensor:
+        """The spans [B, C, S] of `read` keys for q [B, H, 1, D] and k [B, G, N, D], visible [B, 1, N] or all, with what a cache keeps of
+        pages and the choice of the step before. Some may lie behind the last key."""
         if self.score == "bound":
             low, high = kept or page_bounds(k, self.page, visible)
-            score, told = SCORE_PAGES(q, low, high, self.share), None
+            score, told = SCORE_PAGES(q, low, high, self.share, *([before.again] if before is not None else [])), None
         elif self.score == "mean":
             score = span_scores(q.float(), kept[0] if kept else page_means(k, self.page, visible), self.share)
             told = None if visible is None or not kept else ~visible_pages(~visible, self.page)  # a cache's means count pads
         else:
             score = span_scores(q, page_middles(k, self.page), self.share)
             told = None if visible is None else page_middles(visible, self.page)
+        if before is not None:
+            score = before.scores(score)
         if self.score == "bound" and self.beam is None:
-            return self._whole(score, visible)
+            return self._whole(score, visible, same_size=before is not None)
         beam = self.beam or self.budget // self.page
         shown = torch.ones(k.shape[0], 1, k.shape[2], dtype=torch.bool, device=k.device) if visible is None else visible
         states = key_states(shown, self.sinks, self.recents, (score.shape[2] + beam) * self.page)
         budget = self.budget if self.beam else beam * self.page
         return refine_pages(q, k, score, told, states, self.page, self._split, beam, budget, self.share)
 
-    def _whole(self, score: Tensor, visible: Tensor | None) -> Tensor:
-        """Quest's: pages count as first and last ones, not keys, and none is chosen behind the last."""
+    def _whole(self, score: Tensor, visible: Tensor | None, same_size: bool) -> Tensor:
+        """Quest's: pages count as first and last ones, not keys, and none is chosen behind the last, except for the `same_size` always."""
         sinks, recents = self.forced_pages()
         shown = None if visible is None else visible_pages(visible, self.page)
-        return SELECT_BEST(score, self.budget // self.page, shown, sinks, recents)
+        return (choose_spans if same_size else SELECT_BEST)(score, self.budget // self.page, shown, sinks, recents)

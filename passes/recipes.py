@@ -64,7 +64,8 @@ TOKENSELECT = Recipe(
     citation="Wu et al., TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV Cache "
     "Selection, 2024",
     needs="training-free",
-    note="decoding steps only: 2,048 voted keys between 128 first and 512 last ones; each step selects anew (no selection cache)",
+    note="decoding steps only: 2,048 voted keys between 128 first and 512 last ones; each step selects anew. With dyncc.KVCache, "
+    "similar=0.9 is the authors' selection cache: a row goes on with its keys while its query is like the one that chose them",
     confidence="high",
 )
 
@@ -148,6 +149,21 @@ QUEST = Recipe(
     confidence="high",
 )
 
+LOUISKV = Recipe(
+    name="louiskv",
+    pass_name="select-kv",
+    options={
+        "budget": "1024", "score": "mean", "share": "group", "page": "16", "sinks": "4", "recents": "32", "similar": "0.7",
+        "cosine": "heads", "compare": "step",
+    },
+    citation="Wu et al., LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, ICLR 2026",
+    needs="training-free",
+    note="pages by their mean, chosen anew where a step's queries turn from those of the step before; the authors cluster the prompt's "
+    "keys by k-means, cut what is generated at those turns, calibrate the threshold for each model, and hold the keys in another memory: "
+    "here pages are 16 keys that follow each other, the threshold is theirs for one model, and all keys stay; for dyncc.KVCache",
+    confidence="medium",
+)
+
 HISA = Recipe(
     name="hisa",
     pass_name="select-kv",
@@ -199,7 +215,7 @@ TIDALDECODE = Recipe(
 )
 
 RECIPES: tuple[Recipe, ...] = (
-    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF, KEYFORMER, SNAPKV,
-    TOVA,
+    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
+    KEYFORMER, SNAPKV, TOVA,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

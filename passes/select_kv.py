@@ -6,7 +6,8 @@ step), one mask row for all heads. Spelled-out attention keeps its logits and re
 model. TokenSelect (Wu et al. 2024) for the vote; Quest (Tang et al. 2024) for `bound`, which chooses whole pages by what q.k cannot
 exceed in them, and reads only two rows of each page where a `dyncc.KVCache` keeps their bounds; HISA (Xu et al. 2026) and HiP (Lee et
 al. 2024) for pages that are refined to keys (page_choice.py); FASA (Wang et al. 2026) for `pairs`, q.k over a few rotary pairs alone
-(pair_choice.py); TidalDecode (Yang et al. 2024) for choices that later layers reuse.
+(pair_choice.py); TidalDecode (Yang et al. 2024) for choices that later layers reuse; TokenSelect and LouisKV (Wu et al. 2026)
+for choices that later steps reuse (former_choice.py).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from dyncc.kernels.select_keys import (
     visible_keys,
     visible_logits,
 )
+from dyncc.kernels.select_keys.former import choose_spans
 from dyncc.options import Layers, settle
 from dyncc.pair_order import PairOrder
 from dyncc.passes.decode_sites import Choice, logits, parts, problem
+from dyncc.passes.former_choice import Before, FormerChoice, keep_state
 from dyncc.passes.page_choice import PAGE_SCORES, PageChoice
 from dyncc.passes.pair_choice import read_pairs
 from dyncc.restrict import Refusal
@@ -47,6 +50,9 @@ class SelectKV(Pass):
     Scores of pages choose whole ones, or `beam` of them whose keys are then chosen by q.k; `branch` splits them by levels.
 
     With `layers`, those choose and all between them reuse; with `full`, an attention that chooses sees all keys itself.
+
+    With `similar`, a row of the batch takes its choice of the step before again while the `cosine` of its query (of the heads together,
+    or the mean over heads) with the query that chose, or with that of the step before (`compare`), is so much at least.
     """
 
     name: ClassVar[str] = "select-kv"
@@ -67,6 +73,9 @@ class SelectKV(Pass):
     file: str | None = None
     layers: Layers | None = None
     full: bool = False
+    similar: float | None = None
+    cosine: Literal["whole", "heads"] = "whole"
+    compare: Literal["choice", "step"] = "choice"
 
     def __post_init__(self) -> None:
         settle(self)
@@ -78,6 +87,18 @@ class SelectKV(Pass):
         if self.sinks + self.recents > self.budget:
             problem = f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
             raise BadOptionValue(option="budget", value=str(self.budget), problem=problem)
+        if self.similar is not None and (wrong := self._former_problem()):
+            raise BadOptionValue(option=wrong[0], value=str(getattr(self, wrong[0])), problem=wrong[1])
+
+    def _former_problem(self) -> tuple[str, str] | None:
+        """The option with which a choice cannot be taken again and why, or None."""
+        if self.share == "head":
+            return "share", "similar= remembers the choice of a layer or of its groups: share=layer or share=group"
+        if self.beam is not None:
+            return "beam", "similar= takes whole pages or single keys again, not keys found in pages"
+        if self.recents < 1:
+            return "recents", "with similar= it is 1 at least: a former choice does not know the newest key"
+        return None
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Rewrite every attention of a decoding step; refuse when there is none."""
@@ -93,7 +114,7 @@ class SelectKV(Pass):
         order: PairOrder | None = None
         served = 0
         for region in sites:
-            if why := problem(region, self.score):
+            if why := problem(region, self.score, self.similar is not None):
                 misses.append(f"attention {region.index}: {why}")
                 continue
             if self.file is not None and self.score == "pairs" and order is None:
@@ -101,7 +122,12 @@ class SelectKV(Pass):
             due = served == self.reuse if chosen_by is None else region.index in chosen_by
             chooses = choice is None or due or not choice.fits(region)
             if choice is None or chooses:
-                choice, served = self._choose(region, order), 0
+                try:
+                    mark = self.former.mark(region) if self.former is not None else None
+                except Refusal as refusal:
+                    misses.append(f"attention {region.index}: {refusal}")
+                    continue
+                choice, served = self._choose(region, order, mark), 0
             else:
                 served += 1
             if chooses and self.full:
@@ -123,28 +149,52 @@ class SelectKV(Pass):
         """How pages are chosen, by scores of pages."""
         return PageChoice(self.score, self.share, self.budget, self.sinks, self.recents, self.page, self.beam, self.branch)
 
-    def _choose(self, region: AttentionRegion, order: PairOrder | None) -> Choice:
-        """The choice of one attention, computed in front of it."""
-        sdpa = region.out
+    @property
+    def former(self) -> FormerChoice | None:
+        """How a choice is taken again at the next step; None where each step chooses anew. A cache keeps its state."""
+        if self.similar is None:
+            return None
+        from dyncc.pipeline import render
+
+        spans = self.budget // self.page if self.score in PAGE_SCORES else self.budget
+        return FormerChoice(self.similar, self.cosine, self.compare, self.share, spans, render([self]))
+
+    def _choose(self, region: AttentionRegion, order: PairOrder | None, mark: fx.Node | None) -> Choice:
+        """The choice of one attention, computed in front of it; `mark` stands for what its cache remembers."""
         q, k, v = parts(region)
         if not region.fused:
             return Choice(self._choose_by_logits(region, v), shape(region.softmax)[1], tuple(shape(v)[1:3]))
-        if self.score in PAGE_SCORES:
-            return Choice(self.pages.choose(region, q, k), shape(q)[1], tuple(shape(k)[1:3]))
-        scale = argument(sdpa, "scale")
-        rows = order.best(region.index, self.pairs) if order is not None else [[]]
+        kept = self.pages.kept(region) if self.score in PAGE_SCORES else []
+        state: list[Any] = list(mark.args[1]) if mark is not None else []  # type: ignore[arg-type]
+        masks = [region.mask] if region.mask is not None else []
+        scale = argument(region.out, "scale")
+        rows = order.best(region.index, self.pairs) if order is not None else []
 
-        def choose(q: Any, k: Any, *masks: Any) -> Any:
-            visible = visible_keys(masks[0]) if masks else None
-            if self.score == "pairs":
-                channels = NUMBERS([c for row in rows for c in row], [len(rows), len(rows[0])], k.device)
-                score = pair_scores(q, k, channels, self.share)
+        def choose(q: Any, k: Any, *more: Any) -> Any:
+            visible = visible_keys(more[-1]) if masks else None
+            before = self.former.before(q, *more[len(kept) :][:2]) if self.former is not None else None
+            if self.score in PAGE_SCORES:
+                index = self.pages.keys(q, k, visible, more[: len(kept)], before)
             else:
-                score = SCORE_KEYS(q, k, visible, self.score, self.share, scale)
-            return SELECT_BEST(score, self.budget, visible, self.sinks, self.recents)
+                index = self._keys(q, k, visible, scale, rows, before)
+            return index if before is None or self.former is None else (index, *self.former.after(q, before, index))
 
-        made: fx.Node = emit(sdpa, choose, q, k, *([region.mask] if region.mask is not None else []))
+        made: Any = emit(region.out, choose, q, k, *kept, *state, *masks)
+        if mark is not None:
+            made, *after = made
+            keep_state(mark, after)
         return Choice(made, shape(q)[1], tuple(shape(k)[1:3]))
+
+    def _keys(self, q: Any, k: Any, visible: Any, scale: Any, rows: list[list[int]], before: Before | None) -> Any:
+        """The best keys [B, C, S], by the channels of `rows` for each head where pairs score them."""
+        if self.score == "pairs":
+            channels = NUMBERS([c for row in rows for c in row], [len(rows), len(rows[0])], k.device)
+            score = pair_scores(q, k, channels, self.share)
+        else:
+            score = SCORE_KEYS(q, k, visible, self.score, self.share, scale, *([before.again] if before is not None else []))
+        if before is None:
+            return SELECT_BEST(score, self.budget, visible, self.sinks, self.recents)
+        return choose_spans(before.scores(score), self.budget, visible, self.sinks, self.recents)
 
     def _choose_by_logits(self, region: AttentionRegion, v: fx.Node) -> fx.Node:
         """Of an attention that is spelled out, whose scaled and masked logits stand in the graph."""
@@ -166,7 +216,7 @@ class SelectKV(Pass):
         q, k, v = parts(region)
         masks = [region.mask] if region.mask is not None else []
         scale, page = argument(out, "scale") if region.fused else None, self.pages.read if self.score in PAGE_SCORES else 1
-        ragged = self.score in PAGE_SCORES
+        ragged = self.score in PAGE_SCORES or self.similar is not None
 
         def attend(q: Any, k: Any, v: Any, at: Any, *mask: Any) -> Any:
             return ATTEND_ROW(q, k, v, mask[0] if mask else None, at, page, scale, ragged)

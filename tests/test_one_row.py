@@ -142,3 +142,16 @@ def test_shapes_on_fakes_are_those_of_the_op(op: object) -> None:
         SELECT_BEST: (torch.rand(2, 3, 40), 7, None, 0, 1),
     }[op]  # fmt: skip
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_rows_of_the_batch_that_need_no_scores_get_none(heads: int, groups: int) -> None:
+    q, k, _ = drawn(heads, groups, 70)
+    k[1, :, 5] = torch.nan  # which has no say where its row is skipped
+    low, high = page_bounds(k, 4)
+    for skip, share in itertools.product(([False, True], [True, True]), ("head", "layer")):
+        flags = torch.tensor(skip)
+        for op, args in ((SCORE_KEYS, (q, k, None, "vote", share, None, flags)), (SCORE_PAGES, (q, low, high, share, flags))):
+            found = op(*args)
+            torch.testing.assert_close(found, TRUTHS[op](*args), rtol=1e-4, atol=1e-5)
+            assert not found[flags].any() and found[~flags].isfinite().all()

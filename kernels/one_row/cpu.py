@@ -59,25 +59,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor |
     return out
 
 
-def score_keys(q: Tensor, k: Tensor, visible: Tensor | None, vote: bool, choices: int, scale: float | None) -> Tensor:
-    """[B, choices, N] float32: means over heads of q.k, or with `vote` of its softmax over visible keys [B, 1, N]."""
+def score_keys(
+    q: Tensor, k: Tensor, visible: Tensor | None, vote: bool, choices: int, scale: float | None, skip: Tensor | None = None
+) -> Tensor:
+    """[B, choices, N] float32: means over heads of q.k, or with `vote` of its softmax over visible keys [B, 1, N]; 0 where `skip` [B]."""
     batch, heads, _, width = q.shape
     q, k = q.contiguous(), _dense(k)
     seen, step = _visible(visible, batch)
     out = torch.empty((batch, choices, k.shape[2]))
     _kernel("score_keys", q.dtype, width, width, rows_together(heads, k.shape[1]))(
         _at(q), _at(k), _at(out), _at(seen), _sizes(q, k), _steps(k), _n(step), _n(choices), _n(int(vote)),
-        ctypes.c_float(width**-0.5 if scale is None else scale),
+        ctypes.c_float(width**-0.5 if scale is None else scale), _at(None if skip is None else skip.contiguous()),
     )  # fmt: skip
     return out
 
 
-def score_pages(q: Tensor, low: Tensor, high: Tensor, choices: int) -> Tensor:
-    """[B, choices, pages] float32 from bounds [B, G, pages, D]."""
+def score_pages(q: Tensor, low: Tensor, high: Tensor, choices: int, skip: Tensor | None = None) -> Tensor:
+    """[B, choices, pages] float32 from bounds [B, G, pages, D]; 0 where `skip` [B]."""
     q, low, high = q.contiguous(), _dense(low), _dense(high)
     out = torch.empty((q.shape[0], choices, low.shape[2]))
     kernel = _kernel("score_pages", q.dtype, q.shape[3], q.shape[3], rows_together(q.shape[1], low.shape[1]))
-    kernel(_at(q), _at(low), _at(high), _at(out), _sizes(q, low), _steps(low), _steps(high), _n(choices))
+    flags = _at(None if skip is None else skip.contiguous())
+    kernel(_at(q), _at(low), _at(high), _at(out), _sizes(q, low), _steps(low), _steps(high), _n(choices), flags)
     return out
 
 

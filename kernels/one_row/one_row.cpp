@@ -218,9 +218,9 @@ inline void score_part(const float* q, const T* k, int64_t step, const uint8_t* 
   }
 }
 
-// out [B, choices, N]: the mean over each choice's heads of q.k scale, or (vote) of their softmax over the visible keys.
+// out [B, choices, N]: the mean over each choice's heads of q.k scale, or (vote) of their softmax over the visible keys; 0 where skip [B].
 extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* visible, const Sizes* sizes, const Steps* of_k, int64_t mask_step,
-                           int64_t choices, int64_t vote, float scale) {
+                           int64_t choices, int64_t vote, float scale, const uint8_t* skip) {
   const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, keys = sizes->keys;
   const int64_t units = heads / ROWS, chunk = 4 * BLOCK, parts = (keys + chunk - 1) / chunk, share = heads / choices;
   const int64_t room = parts * chunk, awake = worth(batch * groups * keys * WIDTH * sizeof(T), sizes->threads);
@@ -232,6 +232,7 @@ extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* vi
   for (int64_t unit = 0; unit < batch * units; ++unit)
     for (int64_t c = 0; c < parts; ++c) {
       const int64_t b = unit / units, head = unit % units * ROWS, row = b * heads + head;
+      if (skip && skip[b]) continue;
       float rows[ROWS * WIDTH];
       for (int r = 0; r < ROWS; ++r) to_float(q + (row + r) * WIDTH, scale, rows + r * WIDTH, WIDTH);
       score_part(rows, k + b * of_k->batch + head / (heads / groups) * of_k->head, of_k->row, visible ? visible + b * mask_step : nullptr,
@@ -243,6 +244,7 @@ extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* vi
     for (int64_t c = 0; c < parts; ++c) most = std::max(most, top[row * parts + c]);
     for (int64_t c = 0; c < parts; ++c) total += mass[row * parts + c] * std::exp(top[row * parts + c] - most);
     if (row % share == 0) std::fill(to, to + keys, 0.0f);
+    if (skip && skip[row / heads]) continue;
     for (int64_t c = 0; c < parts; ++c) {
       const float factor = (vote ? std::exp(top[row * parts + c] - most) / total : 1.0f) / share;
       for (int64_t j = c * chunk; j < std::min(keys, (c + 1) * chunk); ++j) to[j] += logits[row * room + j] * factor;
@@ -251,8 +253,9 @@ extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* vi
 }
 
 // out [B, choices, pages]: the mean over each choice's heads of the largest q.k that a page's bounds allow; infinite bounds count as 0.
+// Rows of the batch that skip [B] names are 0.
 extern "C" void score_pages(const T* q, const T* low, const T* high, float* out, const Sizes* sizes, const Steps* of_low, const Steps* of_high,
-                            int64_t choices) {
+                            int64_t choices, const uint8_t* skip) {
   const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, pages = sizes->keys;
   const int64_t share = heads / choices, chunk = BLOCK, chunks = (pages + chunk - 1) / chunk;
   const int64_t threads = worth(2 * batch * heads * pages * WIDTH * sizeof(T), sizes->threads);
@@ -261,7 +264,7 @@ extern "C" void score_pages(const T* q, const T* low, const T* high, float* out,
     for (int64_t c = 0; c < chunks; ++c) {
       float totals[BLOCK] = {};
       const int64_t b = choice / choices, end = std::min(pages, (c + 1) * chunk);
-      for (int64_t h = choice % choices * share; h < (choice % choices + 1) * share; ++h) {
+      if (!skip || !skip[b]) for (int64_t h = choice % choices * share; h < (choice % choices + 1) * share; ++h) {
         float row[WIDTH];
         to_float(q + (b * heads + h) * WIDTH, 1.0f, row, WIDTH);
         const int64_t group = h / (heads / groups);

@@ -20,8 +20,8 @@ _library = torch.library.Library("dyncc", "FRAGMENT")
 _library.define(
     "attend_row(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, int page, float? scale, bool ragged=False) -> Tensor"
 )
-_library.define("score_keys(Tensor q, Tensor k, Tensor? visible, str score, str share, float? scale) -> Tensor")
-_library.define("score_pages(Tensor q, Tensor low, Tensor high, str share) -> Tensor")
+_library.define("score_keys(Tensor q, Tensor k, Tensor? visible, str score, str share, float? scale, Tensor? skip=None) -> Tensor")
+_library.define("score_pages(Tensor q, Tensor low, Tensor high, str share, Tensor? skip=None) -> Tensor")
 _library.define("select_best(Tensor score, int budget, Tensor? visible, int sinks, int recents, bool enough=False) -> Tensor")
 
 
@@ -43,14 +43,29 @@ def attend_row(
     return truth.attend_selected(q, k, v, mask, at, scale, ragged=ragged or page > 1)
 
 
-def score_keys(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, scale: float | None) -> Tensor:
-    """Scores [B, C, N] of keys, as `truth.key_scores` has them, with visible [B, 1, N] bool in place of a mask."""
-    return truth.key_scores(q, k, None if visible is None else visible.unsqueeze(2), score, share, scale)
+def score_keys(
+    q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, scale: float | None, skip: Tensor | None = None
+) -> Tensor:
+    """Scores [B, C, N] of keys, as `truth.key_scores` has them, with visible [B, 1, N] bool in place of a mask.
+
+    Args:
+        skip: [B] bool, rows of the batch that need no scores: theirs are 0, and a kernel does not read their keys.
+    """
+    return _skipped(truth.key_scores(q, k, None if visible is None else visible.unsqueeze(2), score, share, scale), skip)
+
+
+def score_pages(q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None) -> Tensor:
+    """Upper bounds [B, C, pages] of q.k, as `page_scores` has them; `skip` as in `score_keys`."""
+    return _skipped(page_scores(q, low, high, share), skip)
+
+
+def _skipped(score: Tensor, skip: Tensor | None) -> Tensor:
+    return score if skip is None else score.masked_fill(skip.view(-1, 1, 1), 0.0)
 
 
 def select_best(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int, enough: bool = False) -> Tensor:
     """Sorted indices of the best scores, as `truth.select_keys` has them."""
-    return truth.select_keys(score, budget, visible, sinks, recents, enough)
+    return truth.select_keys(score, budget, visible, sinks, recents, enough).contiguous()
 
 
 def _choices(share: str, heads: int, groups: int) -> int:
@@ -65,16 +80,18 @@ def _attend_on_cpu(
     return cpu.attend(q, k, v, mask, index, page, scale)  # it leaves out what lies behind the last key anyway
 
 
-def _score_on_cpu(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, scale: float | None) -> Tensor:
+def _score_on_cpu(
+    q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, scale: float | None, skip: Tensor | None = None
+) -> Tensor:
     if score == "recents" or not cpu.takes(q, k):
-        return score_keys(q, k, visible, score, share, scale)
-    return cpu.score_keys(q, k, visible, score == "vote", _choices(share, q.shape[1], k.shape[1]), scale)
+        return score_keys(q, k, visible, score, share, scale, skip)
+    return cpu.score_keys(q, k, visible, score == "vote", _choices(share, q.shape[1], k.shape[1]), scale, skip)
 
 
-def _pages_on_cpu(q: Tensor, low: Tensor, high: Tensor, share: str) -> Tensor:
+def _pages_on_cpu(q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None) -> Tensor:
     if not cpu.takes(q, low, high):
-        return page_scores(q, low, high, share)
-    return cpu.score_pages(q, low, high, _choices(share, q.shape[1], low.shape[1]))
+        return score_pages(q, low, high, share, skip)
+    return cpu.score_pages(q, low, high, _choices(share, q.shape[1], low.shape[1]), skip)
 
 
 def _select_on_cpu(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int, enough: bool = False) -> Tensor:
@@ -89,7 +106,7 @@ TRUTHS: dict[Any, Callable[..., Tensor]] = {}
 for _name, _truth, _kernel in (
     ("attend_row", attend_row, _attend_on_cpu),
     ("score_keys", score_keys, _score_on_cpu),
-    ("score_pages", page_scores, _pages_on_cpu),
+    ("score_pages", score_pages, _pages_on_cpu),
     ("select_best", select_best, _select_on_cpu),
 ):
     _library.impl(_name, _truth, "CompositeExplicitAutograd")
@@ -103,13 +120,13 @@ def _fake_attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 
 
 @torch.library.register_fake("dyncc::score_keys")
-def _fake_scores(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, scale: float | None) -> Tensor:
+def _fake_scores(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, *rest: Any) -> Tensor:
     choices = 1 if score == "recents" else _choices(share, q.shape[1], k.shape[1])
     return q.new_empty((q.shape[0], choices, k.shape[2]), dtype=torch.float32)
 
 
 @torch.library.register_fake("dyncc::score_pages")
-def _fake_pages(q: Tensor, low: Tensor, high: Tensor, share: str) -> Tensor:
+def _fake_pages(q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None) -> Tensor:
     return q.new_empty((q.shape[0], _choices(share, q.shape[1], low.shape[1]), low.shape[2]), dtype=torch.float32)
 
 

@@ -38,11 +38,15 @@ def span_scores(q: Tensor, k: Tensor, share: str, index: Tensor | None = None) -
 
 
 def key_states(visible: Tensor, sinks: int, recents: int, keys: Any) -> Tensor:
-    """What may become of `keys` keys, [B, 1, keys] of float: of visible [B, 1, N] bool the first `sinks` and the last `recents` visible
-    ones are FORCED, those behind the last are HIDDEN."""
+    """What may become of `keys` keys, [B, 1, keys] of float: `span_states` of visible [B, 1, N] bool, then HIDDEN ones."""
+    return F.pad(span_states(visible, sinks, recents), (0, keys - visible.shape[2]))
+
+
+def span_states(visible: Tensor, sinks: int, recents: int) -> Tensor:
+    """Of visible [B, 1, N] bool the first `sinks` and the last `recents` visible ones are FORCED: [B, 1, N] of float."""
     rank = visible.to(torch.int64).cumsum(2)
     forced = visible & ((rank <= sinks) | (rank > rank[:, :, -1:] - recents))
-    return F.pad(visible.float() + forced.float(), (0, keys - visible.shape[2]))
+    return visible.float() + forced.float()
 
 
 def refine_pages(
@@ -60,14 +64,14 @@ def refine_pages(
     own = _spans(states, page)
     if told is not None:
         score = score.masked_fill(~told & (own[:, :, : score.shape[2]] > HIDDEN), UNSURE)
-    spans = _best(F.pad(score, (0, beam)), own, count)
+    spans = best_spans(F.pad(score, (0, beam)), own, count)
     while size > (branch if beam * branch == budget else 1):
         size //= branch
         spans, count = page_keys(spans, branch), beam if size > 1 else budget
         at = (spans * size + size // 2).clamp(max=k.shape[2] - 1)
         own, told = _at(_spans(states, size), spans), _at(states, at) > HIDDEN
         found = span_scores(q, k, share, at).masked_fill(~told & (own > HIDDEN), UNSURE)
-        spans = spans.gather(2, _best(found, own, count))
+        spans = spans.gather(2, best_spans(found, own, count))
     return spans
 
 
@@ -79,7 +83,8 @@ def _at(states: Tensor, index: Tensor) -> Tensor:
     return states.expand(index.shape[0], index.shape[1], states.shape[2]).gather(2, index)
 
 
-def _best(score: Tensor, states: Tensor, count: int) -> Tensor:
+def best_spans(score: Tensor, states: Tensor, count: int) -> Tensor:
+    """Sorted indices [B, C, count] of the best spans by scores [B, C, N]: forced ones first, hidden ones last, ties to the lower index."""
     score = score.masked_fill(states == FORCED, torch.inf).masked_fill(states == HIDDEN, -torch.inf)
     found: Tensor = SELECT_BEST(score, count, None, 0, 0, True)
     return found

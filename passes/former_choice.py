@@ -1,0 +1,91 @@
+"""Taking the former step's choice again for `select-kv`, while a row's query is like an earlier one: what is kept between steps, and where.
+
+A choice is taken again as a score: what it names stands above all other keys, below the first and last ones, which go on moving.
+TokenSelect (Wu et al. 2024) looks back to the query that chose, LouisKV (Wu et al. 2026) to that of the step before. Queries are as
+attention reads them, with their rotary positions. A `dyncc.KVCache` keeps the state; forgotten, it is zeros, which are like no query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from dyncc.analysis.attention import AttentionRegion, kv_sources
+from dyncc.ir import shape
+from dyncc.kernels.select_keys import REMEMBERED
+from dyncc.kernels.select_keys.former import alike, former_scores
+from dyncc.passes.decode_sites import parts
+from dyncc.restrict import Refusal
+
+QUERY_HEADS = 128
+"""A cache does not know how many heads a query has: it has room for so many."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """The state before a step: a query [B, QUERY_HEADS, D], a choice [B, C, S], and which rows [B] take it `again`."""
+
+    query: Tensor
+    choice: Tensor
+    again: Tensor
+
+    def scores(self, score: Tensor) -> Tensor:
+        """Of scores [B, C, N], those of rows that take their choice again replaced by what names it."""
+        return torch.where(self.again.view(-1, 1, 1), former_scores(self.choice, score.shape[2]), score)
+
+
+@dataclass(frozen=True)
+class FormerChoice:
+    """The options of `select-kv` that say when a choice is taken again, and how many spans it has; `policy` is the pass as text."""
+
+    similar: float
+    cosine: str
+    compare: str
+    share: str
+    spans: int
+    policy: str
+
+    def state(self, keys: Tensor) -> list[Tensor]:
+        """What a cache layer with keys [B, G, N, D] remembers at first: no query, and any choice."""
+        batch, groups, _, width = keys.shape
+        choices = groups if self.share == "group" else 1
+        none = torch.zeros(batch, choices, self.spans, dtype=torch.int64, device=keys.device)
+        return [keys.new_zeros(batch, QUERY_HEADS, width), none]
+
+    def mark(self, region: AttentionRegion) -> fx.Node:
+        """The node that stands for the state of an attention's cache layer.
+
+        Raises:
+            Refusal: its keys do not come through a cache that keeps the state of this pass, or its queries have too many heads.
+        """
+        found = (n for source in kv_sources(region) for n in source.users if n.target is REMEMBERED and n.args[2] == self.policy)
+        mark = next(found, None)
+        if mark is None:
+            problem = f"similar={self.similar} looks back to the former step, which only dyncc.KVCache({self.policy!r}) remembers"
+            raise Refusal(problem)
+        heads = shape(parts(region)[0])[1]
+        if heads > QUERY_HEADS:
+            raise Refusal(f"it has {heads} query heads; similar= remembers {QUERY_HEADS} of them at most")
+        return mark
+
+    def before(self, q: Tensor, query: Tensor, choice: Tensor) -> Before:
+        """The state in front of a step with queries q [B, H, 1, D]."""
+        return Before(query, choice, alike(q, query[:, : q.shape[1]], self.cosine, self.similar))
+
+    def after(self, q: Tensor, before: Before, choice: Tensor) -> list[Tensor]:
+        """The state behind it."""
+        query = F.pad(q.squeeze(2), (0, 0, 0, QUERY_HEADS - q.shape[1])).to(before.query.dtype)
+        if self.compare == "choice":
+            query = torch.where(before.again.view(-1, 1, 1), before.query, query)
+        return [query, choice]
+
+
+def keep_state(mark: fx.Node, state: Sequence[fx.Node]) -> None:
+    """Put the state behind a step in the place of a mark."""
+    for user in list(mark.users):
+        user.replace_all_uses_with(state[user.args[1]])  # type: ignore[index]
+        user.graph.erase_node(user)
