@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 PASSES: tuple[tuple[str, str], ...] = (
+    ("fuse-attention", "fuse_attention:FuseAttention"),
     ("simplify-mask", "simplify_mask:SimplifyMask"),
     ("slice-last-token", "slice_last_token:SliceLastToken"),
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
@@ -14,7 +15,7 @@ PASSES: tuple[tuple[str, str], ...] = (
 )
 """Name and place of every pass, in their default order."""
 
-EXACT: tuple[str, ...] = ("simplify-mask", "slice-last-token", "drop-repeat-kv")
+EXACT: tuple[str, ...] = ("fuse-attention", "simplify-mask", "slice-last-token", "drop-repeat-kv")
 """What runs when no pipeline is given."""
 
 

@@ -73,4 +73,4 @@ def _fused_problem(region: AttentionRegion) -> str:
 
 def problem(region: AttentionRegion, score: str) -> str:
     """Why keys cannot be chosen by a score for an attention; ''."""
-    return _fused_problem(region) if region.fused else _spelled_problem(region, score)
+    return region.extras or _fused_problem(region) if region.fused else _spelled_problem(region, score)
