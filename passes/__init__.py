@@ -9,6 +9,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("simplify-mask", "simplify_mask:SimplifyMask"),
     ("slice-last-token", "slice_last_token:SliceLastToken"),
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
+    ("fuse-gated-attention", "fuse_gated_attention:FuseGatedAttention"),
     ("prune-tokens", "prune_tokens:PruneTokens"),
     ("select-kv", "select_kv:SelectKV"),
     ("evict-kv", "evict_kv:EvictKV"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from graphs import program
+from graphs import Calls, program
 from torch.nn import functional as F
 
+import dyncc
 from dyncc.evidence import relative_error
 from dyncc.ir import is_attention, op_name
 from dyncc.passes.fuse_attention import FuseAttention
@@ -321,3 +323,13 @@ def test_what_is_no_plain_attention_stays(name: str) -> None:
     assert reason in applied.reason
     assert applied.program is captured
     assert fingerprint(captured.graph) == before
+
+
+@pytest.mark.parametrize("name", ["with_sinks", "soft_cap"])
+def test_engines_that_do_not_know_the_op_get_its_truth(name: str, tmp_path: Path) -> None:
+    inputs = given()
+    optimized = dyncc.optimize(Calls(FUSED[name][0]), inputs, passes="fuse-attention", engine="reference", strict=True)
+    assert optimized.report.rewrites[0].evidence["error"] < 1e-5
+    assert relative_error(FUSED[name][0](*inputs), optimized(*inputs)) < 1e-5
+    written = optimized.export_onnx(tmp_path / "attention.onnx")
+    assert max(row.error for row in written.parity) < 1e-5
