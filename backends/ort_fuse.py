@@ -57,7 +57,7 @@ def fuse_attention(program: Program) -> tuple[Program, Counter[str]]:
 
 
 def _site(region: AttentionRegion, facts: Facts) -> Site | None:
-    if not region.fused or argument(region.out, "dropout_p", 0.0) or len(shape(region.q)) != 4:
+    if not region.fused or region.extras or argument(region.out, "dropout_p", 0.0) or len(shape(region.q)) != 4:
         return None
     k, v = (repeated(n) or n for n in (region.k, region.v))
     if len(shape(k)) != 4 or shape(k)[1] != shape(v)[1] or shape(k)[3] != shape(v)[3] or not isinstance(shape(k)[1], int):

@@ -76,15 +76,58 @@ def _replace(node: fx.Node, function: Callable[..., Any]) -> None:
     tensors = operands(node)
     if node.target is aten.addmm.default and len(shape(tensors[0])) != 1:
         return
-    new = emit(node, function, *tensors, pre_dispatch=node.target is not aten.einsum.default)
+    composite = node.target is not aten.einsum.default or _matrix_orders(str(node.args[0])) is not None
+    new = emit(node, function, *tensors, pre_dispatch=composite)
     new.meta = {**node.meta, "val": new.meta["val"]}
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
 def _einsum(node: fx.Node) -> Callable[..., Any]:
+    """One product of matrices where the equation is one (what einsum does by itself merges and moves dimensions); else what einsum does."""
     equation = node.args[0]
-    return lambda *tensors: aten.einsum.default.decompose(equation, list(tensors))
+    orders = _matrix_orders(str(equation))
+    if orders is None:
+        return lambda *tensors: aten.einsum.default.decompose(equation, list(tensors))
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        left, right, order = orders
+        return _permuted(torch.matmul(_permuted(a, left), _permuted(b[(..., *[None] * (len(right) - b.dim()))], right)), order)
+
+    return product
+
+
+def _permuted(x: torch.Tensor, order: list[int]) -> torch.Tensor:
+    return x if order == sorted(order) else x.permute(order)
+
+
+def _matrix_orders(equation: str) -> tuple[list[int], list[int], list[int]] | None:
+    """How the operands of a two-operand einsum are permuted for one matmul, and its result back.
+
+    Dimensions that both have are its batch; so are those of the left one beyond the last, which the right one gets at its end.
+
+    >>> _matrix_orders("bqhd,bkhd->bhqk")
+    ([0, 2, 1, 3], [0, 2, 3, 1], [0, 1, 2, 3])
+    >>> _matrix_orders("bqhd,hdk->bqk") is None
+    True
+    """
+    given, arrow, result = equation.replace(" ", "").partition("->")
+    a, comma, b = given.partition(",")
+    if not arrow or not comma or "," in b or any(len(set(x)) != len(x) or not x.isalpha() for x in (a, b, result)):
+        return None
+    summed = [c for c in a if c in b and c not in result]
+    left, right = ([c for c in x if c not in y] for x, y in ((a, b), (b, a)))
+    shared = [c for c in result if c in a and c in b]
+    if len(summed) != 1 or len(right) != 1 or not left or not shared or set(result) != {*left, *right, *shared}:
+        return None
+    *repeated, row = sorted(left, key=result.index)
+    batch = [c for c in result if c in shared or c in repeated]
+    wide, made = b + "".join(repeated), [*batch, row, *right]
+    return (
+        [a.index(c) for c in (*batch, row, *summed)],
+        [wide.index(c) for c in (*batch, *summed, *right)],
+        [made.index(c) for c in result],
+    )
 
 
 def _side_by_side(node: fx.Node) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import math
 
 from torch import fx
 
-from dyncc.ir import ancestors, hint, is_tensor, op_name, operands, outputs, shape
+from dyncc.ir import ATTENTION, ancestors, hint, is_tensor, op_name, operands, outputs, shape
 
 
 def count_flops(graph: fx.Graph) -> int:
@@ -22,7 +22,7 @@ def _flops(node: fx.Node) -> int:
         return 2 * _numel(node) * _size(slots[0], -1)
     if name in ("addmm", "baddbmm"):
         return 2 * _numel(node) * _size(slots[1], -1)
-    if name == "scaled_dot_product_attention":
+    if name in ATTENTION:
         rows = _numel(node) // _size(node, -1)
         return 2 * rows * _size(slots[1], -2) * (_size(slots[0], -1) + _size(slots[2], -1))
     if name == "attend_row":

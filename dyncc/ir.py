@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
+ATTENTION = ("scaled_dot_product_attention", "attend")
+"""Fused attention by op name."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
     return getattr(target, "__name__", str(target))
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether the node is fused attention: SDPA, or `dyncc::attend`, which takes SDPA's arguments and more."""
+    return op_name(node) in ATTENTION
 
 
 def is_mutating(node: fx.Node) -> bool:

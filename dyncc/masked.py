@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from dyncc.errors import DynccError
-from dyncc.ir import aten
+from dyncc.ir import is_attention
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Masked(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         hidden = [s.kept for s in self.selections if n.name in s.hidden_from]
-        if hidden and n.target is aten.scaled_dot_product_attention.default:
+        if hidden and is_attention(n):
             return self._attention(n, hidden)
         if hidden:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -55,7 +55,7 @@ class Masked(fx.Interpreter):
 
     def _attention(self, n: fx.Node, hidden: list[torch.Tensor]) -> torch.Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        names = [a.name for a in aten.scaled_dot_product_attention.default._schema.arguments]
+        names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         q, k = given["query"], given["key"]
         bias = q.new_zeros(q.shape[0], 1, q.shape[2], k.shape[2])
@@ -65,7 +65,7 @@ class Masked(fx.Interpreter):
         if mask is not None:
             bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
         given["attn_mask"] = _hide(bias, hidden)
-        return aten.scaled_dot_product_attention.default(**given)
+        return n.target(**given)  # type: ignore[operator]
 
 
 def _hide(logits: torch.Tensor, hidden: list[torch.Tensor]) -> torch.Tensor:

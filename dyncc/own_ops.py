@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from dyncc.ir import Program, emit
-from dyncc.kernels.one_row import TRUTHS
+from dyncc.kernels import fused_attention, one_row
+
+TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS}
+"""The truth of every op of dyncc's own that passes emit."""
 
 
 def spelled_out(program: Program) -> Program:
@@ -14,10 +19,16 @@ def spelled_out(program: Program) -> Program:
         return program
     spelled = program.copy()
     for node in [n for n in spelled.graph.nodes if n.target in TRUTHS]:
-        new = emit(node, partial(TRUTHS[node.target], **node.kwargs), *node.args)
+        new = emit(node, partial(_called, TRUTHS[node.target], tuple(node.kwargs)), *node.args, *node.kwargs.values())
         new.meta = {**node.meta, "val": new.meta["val"]}
         node.replace_all_uses_with(new)
         spelled.graph.erase_node(node)
     spelled.graph.lint()
     spelled.module.recompile()
     return spelled
+
+
+def _called(truth: Callable[..., Any], names: tuple[str, ...], *values: Any) -> Any:
+    """A truth on the values of a node's arguments, of which the last ones have names."""
+    count = len(values) - len(names)
+    return truth(*values[:count], **dict(zip(names, values[count:], strict=True)))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 
 PASSES: tuple[tuple[str, str], ...] = (
+    ("fuse-attention", "fuse_attention:FuseAttention"),
     ("simplify-mask", "simplify_mask:SimplifyMask"),
     ("slice-last-token", "slice_last_token:SliceLastToken"),
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
+    ("fuse-gated-attention", "fuse_gated_attention:FuseGatedAttention"),
     ("prune-tokens", "prune_tokens:PruneTokens"),
     ("select-kv", "select_kv:SelectKV"),
     ("evict-kv", "evict_kv:EvictKV"),
 )
 """Name and place of every pass, in their default order."""
 
-EXACT: tuple[str, ...] = ("simplify-mask", "slice-last-token", "drop-repeat-kv")
+EXACT: tuple[str, ...] = ("fuse-attention", "simplify-mask", "slice-last-token", "drop-repeat-kv")
 """What runs when no pipeline is given."""
 
 

@@ -190,6 +190,8 @@ def size_node(before: fx.Node, node: fx.Node, dim: int) -> Any:
 
 def hide_keys(region: Any, valid: fx.Node) -> None:
     """Mask keys that are not valid out of an attention, for rows that are (a row with nothing to see would give NaN)."""
+    if region.extras:
+        raise Refusal(f"attention {region.index}: {region.extras}")
     if region.fused:
         sdpa = region.out
         mask = operands(sdpa)[3]

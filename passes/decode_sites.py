@@ -75,4 +75,4 @@ def _fused_problem(region: AttentionRegion) -> str:
 
 def problem(region: AttentionRegion, score: str, queries: bool = False) -> str:
     """Why keys cannot be chosen by a score, or by it and the queries themselves, for an attention; ''."""
-    return _fused_problem(region) if region.fused else _spelled_problem(region, score, queries)
+    return region.extras or _fused_problem(region) if region.fused else _spelled_problem(region, score, queries)

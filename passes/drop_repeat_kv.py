@@ -83,6 +83,9 @@ def _grouped(region: AttentionRegion, k: fx.Node, v: fx.Node) -> str:
     if not region.fused:
         return _grouped_spelled(region, k, v)
     sdpa = region.out
+    if sdpa.target is not aten.scaled_dot_product_attention.default:
+        _replace(sdpa, operands(sdpa)[0], k, v, region.mask, "native", bool(argument(sdpa, "is_causal", False)))
+        return ""
     if argument(sdpa, "dropout_p", 0.0):
         return "dropout is active"
     q = operands(sdpa)[0]
@@ -113,9 +116,9 @@ def _replace(sdpa: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | 
 
 
 def _native(sdpa: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, causal: bool) -> fx.Node:
-    options = {"enable_gqa": True} if (scale := argument(sdpa, "scale")) is None else {"scale": scale, "enable_gqa": True}
+    options = {name: x for name, x in sdpa.kwargs.items() if name not in ("attn_mask", "dropout_p", "is_causal")}
     with sdpa.graph.inserting_before(sdpa):
-        new = sdpa.graph.call_function(aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, causal), options)
+        new = sdpa.graph.call_function(sdpa.target, (q, k, v, mask, 0.0, causal), {**options, "enable_gqa": True})
     refresh(new)
     return new
 

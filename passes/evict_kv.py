@@ -132,6 +132,8 @@ class EvictKV(Pass):
 
     def _scores(self, region: AttentionRegion, groups: Any, old: fx.Node | None, rows: Any, start: Any) -> fx.Node:
         """What each key [B, G, N] has earned after this call."""
+        if region.extras:
+            raise Refusal(region.extras)
         mask = region.mask
         if mask is not None and (len(shape(mask)) != 4 or shape(mask)[1] != 1):
             raise Refusal(f"its mask is {list(shape(mask))}; one mask for all heads, [batch, 1, rows, keys], can be followed")

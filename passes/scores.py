@@ -153,6 +153,8 @@ def _mean_rows(
 
 
 def _queries_keys(tap: Tap) -> tuple[fx.Node, fx.Node]:
+    if tap.region.extras:
+        raise Refusal(f"attention {tap.region.index}: {tap.region.extras}")
     q, k = operands(tap.region.out)[:2] if tap.region.fused else (tap.region.q, tap.region.k)
     _four_dims(q)
     places = tap.axes.places(k, tap.axis)

@@ -3,11 +3,14 @@
 Libraries build masks from positions in many steps even when the result is "everything" or "no later key". A mask that is handed to
 attention as a tensor keeps the fastest kernels away (torch materialises it; 2,048 causal tokens: 73 ms with a bool mask, 40 with the flag
 on one CPU). The mask is evaluated over three abstract values, whatever the sizes: a constant, a position (0, 1, 2, ... + offset along one
-dimension), and "key position <= row position". Exact: the same rows and keys are seen.
+dimension), and constants told apart by "key position <= row position" and "key position <= row position - window". Exact: the same rows
+and keys are seen.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,7 +20,9 @@ from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.facts import Facts
+from dyncc.analysis.spelled import HIDING
 from dyncc.ir import argument, is_tensor, op_name, operands, refresh, same_size, shape, val
+from dyncc.kernels.fused_attention import ATTEND
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -44,10 +49,23 @@ class Position:
     offset: Any
 
 
-CAUSAL = "causal"
-"""True where the index along dimension -1 is not beyond that along -2."""
+@dataclass(frozen=True)
+class Causal:
+    """`upto` where the index along dimension -1 is not beyond that along -2, `later` where it is, and, with a window, `behind` where it is
+    that far back or further."""
 
-Abstract = Const | Position | str | None
+    upto: Any
+    later: Any
+    window: int = 0
+    behind: Any = None
+
+    @property
+    def zones(self) -> tuple[Any, Any, Any]:
+        return self.upto, self.later, self.behind if self.window else self.upto
+
+
+CAUSAL = Causal(True, False)
+Abstract = Const | Position | Causal | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,7 @@ class SimplifyMask(Pass):
         for region in masked:
             value = evaluate(region.mask, known)
             if _hides_nothing(region.mask, value) or _is_flag(region, value):
-                _set_mask(region.out, causal=value == CAUSAL)
+                _set_mask(region.out, value if isinstance(value, Causal) else None)
                 done += 1
             else:
                 misses.append(f"attention {region.index}: its mask depends on the inputs, or hides more than later keys")
@@ -80,18 +98,27 @@ class SimplifyMask(Pass):
 
 def _hides_nothing(mask: fx.Node, value: Abstract) -> bool:
     """True everywhere, or the same number added to every logit."""
-    return isinstance(value, Const) and (val(mask).is_floating_point() or bool(value.value))
+    if not isinstance(value, Const):
+        return False
+    return value.value not in (math.inf, -math.inf) if val(mask).is_floating_point() else bool(value.value)
 
 
 def _is_flag(region: AttentionRegion, value: Abstract) -> bool:
     sizes = shape(region.mask)
     rows, keys = shape(region.q)[-2], shape(region.k)[-2]
     whole = same_size(sizes[-2], rows) and same_size(sizes[-1], keys) and same_size(rows, keys)
-    return value == CAUSAL and whole and val(region.mask).dtype == torch.bool
+    if not whole or not isinstance(value, Causal) or (value.window and region.out.target is not ATTEND):
+        return False
+    if val(region.mask).dtype == torch.bool:
+        return bool(value.upto) and not value.later and not (value.window and value.behind)
+    return all(x - value.upto <= HIDING for x in value.zones[1 : 3 if value.window else 2])
 
 
-def _set_mask(sdpa: fx.Node, causal: bool) -> None:
+def _set_mask(sdpa: fx.Node, edge: Causal | None) -> None:
     kwargs = {k: v for k, v in sdpa.kwargs.items() if k not in ("attn_mask", "dropout_p", "is_causal")}
+    causal = edge is not None or bool(argument(sdpa, "is_causal", False))
+    if edge is not None and edge.window:
+        kwargs["window"] = edge.window
     dropout = argument(sdpa, "dropout_p", 0.0)
     sdpa.args = (*sdpa.args[:3], None, dropout, causal) if causal or dropout else tuple(sdpa.args[:3])
     sdpa.kwargs = kwargs
@@ -100,7 +127,7 @@ def _set_mask(sdpa: fx.Node, causal: bool) -> None:
 
 def evaluate(node: Any, known: dict[fx.Node, Abstract]) -> Abstract:
     """The abstract value of a node or number; None when it is not one of the three."""
-    if isinstance(node, (bool, int)):
+    if isinstance(node, (bool, int, float)):
         return Const(node)
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
@@ -118,7 +145,7 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
         return Const(name in ("new_ones", "ones", "ones_like"))
     if name in ("full", "new_full", "full_like", "scalar_tensor"):
         value = argument(node, "s") if name == "scalar_tensor" else argument(node, "fill_value")
-        return Const(value) if isinstance(value, (bool, int)) else None
+        return Const(value) if isinstance(value, (bool, int, float)) else None
     if name == "arange":
         start = evaluate(argument(node, "start", 0) or 0, known)
         return Position(-1, start.value) if isinstance(start, Const) and argument(node, "step", 1) == 1 else None
@@ -130,6 +157,10 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
         return None
     if name in AND or name in OR or (name in _CONSTANT and argument(node, "alpha", 1) == 1):
         return _binary(name, shape(node), *(_spread(node, a, evaluate(a, known)) for a in node.args[:2]))
+    if name in ("where", "masked_fill"):
+        return _chosen(node, known)
+    if name in _ARITHMETIC and argument(node, "alpha", 1) == 1:
+        return _pointwise(_ARITHMETIC[name], *(_spread(node, a, evaluate(a, known)) for a in node.args[:2]))
     if name == "diff":
         return _difference(node, known)
     if name == "index":
@@ -139,16 +170,20 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
 
 def _carried(node: fx.Node, value: Abstract) -> Abstract:
     """Casts and broadcasts keep the value, where numbers stay what they are."""
-    if isinstance(value, Const) and val(node).dtype == torch.bool:
-        value = Const(bool(value.value))
-    elif not isinstance(value, Const) and value != CAUSAL and val(node).dtype not in EXACT_TO_MILLIONS:
+    if not isinstance(value, Position) and not val(node).is_floating_point():
+        value = _pointwise(bool if val(node).dtype == torch.bool else _whole, value)
+    elif isinstance(value, Position) and val(node).dtype not in EXACT_TO_MILLIONS:
         return None
     return _spread(node, node.args[0], value)
 
 
+def _whole(number: Any) -> Any:
+    return int(number) if not isinstance(number, float) or number.is_integer() else None
+
+
 def _spread(node: fx.Node, source: Any, value: Abstract) -> Abstract:
     """The value of an operand broadcast to the node's sizes: a dimension that counts must not get longer."""
-    counting = (value.dim,) if isinstance(value, Position) else (-2, -1) if value == CAUSAL else ()
+    counting = (value.dim,) if isinstance(value, Position) else (-2, -1) if isinstance(value, Causal) else ()
     if any(len(shape(source)) < -dim or not same_size(shape(source)[dim], shape(node)[dim]) for dim in counting):
         return None
     return value
@@ -181,12 +216,19 @@ def _sum(node: fx.Node, value: Abstract) -> Abstract:
 
 
 def _not(node: fx.Node, value: Abstract) -> Abstract:
-    return Const(not value.value) if isinstance(value, Const) and val(node).dtype == torch.bool else None
+    return _pointwise(lambda x: not x, value) if val(node).dtype == torch.bool else None
 
 
 def _lower(node: fx.Node, value: Abstract) -> Abstract:
-    """tril of ones is 1 where the key is not beyond the row."""
-    return CAUSAL if isinstance(value, Const) and value.value == 1 and argument(node, "diagonal", 0) == 0 else None
+    """tril of a constant is it where the key is not beyond the row, and 0 elsewhere."""
+    nothing = val(node).dtype != torch.bool and 0
+    return Causal(value.value, nothing) if isinstance(value, Const) and argument(node, "diagonal", 0) == 0 else None
+
+
+def _upper(node: fx.Node, value: Abstract) -> Abstract:
+    """triu from the first diagonal on is the constant where the key is beyond the row."""
+    nothing = val(node).dtype != torch.bool and 0
+    return Causal(nothing, value.value) if isinstance(value, Const) and argument(node, "diagonal", 0) == 1 else None
 
 
 def _shaped(node: fx.Node, value: Abstract) -> Abstract:
@@ -194,9 +236,35 @@ def _shaped(node: fx.Node, value: Abstract) -> Abstract:
 
 
 _UNARY = {
-    "unsqueeze": _unsqueeze, "slice": _slice, "cumsum": _sum, "logical_not": _not, "bitwise_not": _not, "tril": _lower,
+    "unsqueeze": _unsqueeze, "slice": _slice, "cumsum": _sum, "logical_not": _not, "bitwise_not": _not, "tril": _lower, "triu": _upper,
     "view": _shaped, "reshape": _shaped, "squeeze": _shaped, "select": _shaped,
 }  # fmt: skip
+
+
+def _pointwise(function: Callable[..., Any], *values: Abstract) -> Abstract:
+    """A function of numbers, of constants and of values told apart by the causal edge."""
+    parts = [v.zones if isinstance(v, Causal) else (getattr(v, "value", None),) * 3 for v in values]
+    if not all(isinstance(p, (bool, int, float)) for zones in parts for p in zones):
+        return None  # unknown, a position, or a size that is not a number yet
+    windows = {v.window for v in values if isinstance(v, Causal) and v.window}
+    if len(windows) > 1:
+        return None
+    upto, later, behind = (function(*zone) for zone in zip(*parts, strict=True))
+    if upto == later == behind or not any(isinstance(v, Causal) for v in values):
+        return Const(upto)
+    return Causal(upto, later, *((windows.pop(), behind) if windows else ()))
+
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {"mul": lambda a, b: a * b, "rsub": lambda a, b: b - a}
+
+
+def _chosen(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:
+    """where(condition, a, b), and masked_fill(b, condition, a)."""
+    if len(node.args) != 3:
+        return None
+    condition, a, b = node.args if op_name(node) == "where" else (node.args[1], node.args[2], node.args[0])
+    values = [_spread(node, x, evaluate(x, known)) for x in (condition, a, b)]
+    return _pointwise(lambda c, x, y: x if c else y, *values)
 
 
 def _binary(name: str, sizes: tuple[Any, ...], a: Abstract, b: Abstract) -> Abstract:
@@ -204,6 +272,8 @@ def _binary(name: str, sizes: tuple[Any, ...], a: Abstract, b: Abstract) -> Abst
         return _joined(a, b, neutral=name in AND)
     if a is None or b is None:
         return None
+    if isinstance(a, Causal) or isinstance(b, Causal):
+        return _pointwise(_CONSTANT[name], a, b)
     if isinstance(a, Const) and isinstance(b, Const):
         told = name in ("add", "sub") or not {type(a.value), type(b.value)} - {int, bool}  # sizes are not compared here
         return Const(_CONSTANT[name](a.value, b.value)) if told else None
@@ -227,7 +297,9 @@ def _joined(a: Abstract, b: Abstract, neutral: bool) -> Abstract:
     """`and` (True is neutral) or `or` (False is) of two values, of which one may be unknown."""
     if Const(not neutral) in (a, b):
         return Const(not neutral)
-    return b if a == Const(neutral) else a if b == Const(neutral) or a == b else None
+    if None in (a, b):
+        return b if a == Const(neutral) else a if b == Const(neutral) else None
+    return _pointwise((lambda x, y: x and y) if neutral else (lambda x, y: x or y), a, b)
 
 
 _CONSTANT = {
@@ -238,12 +310,17 @@ _CONSTANT = {
 
 def _compared(name: str, a: Abstract, b: Abstract, sizes: tuple[Any, ...]) -> Abstract:
     """key <= row, or row >= key: causal, or true everywhere where the last key is not beyond the first row."""
+    if name in ("gt", "lt"):
+        return _pointwise(lambda x: not x, _compared("le" if name == "gt" else "ge", a, b, sizes))
     if not isinstance(a, Position) or not isinstance(b, Position) or name not in ("le", "ge"):
         return None
     key, row = (a, b) if name == "le" else (b, a)
     if key.dim != row.dim and _never_less(row.offset, key.offset + _expression(sizes[key.dim]) - 1):
         return Const(True)
-    return CAUSAL if (key.dim, row.dim) == (-1, -2) and key.offset == row.offset else None
+    if (key.dim, row.dim) != (-1, -2):
+        return None
+    back = key.offset - row.offset
+    return CAUSAL if back == 0 else Causal(False, False, int(back), True) if sympy.sympify(back).is_Integer and back > 0 else None
 
 
 def _difference(node: fx.Node, known: dict[fx.Node, Abstract]) -> Abstract:

@@ -15,11 +15,11 @@ from torch import fx
 
 from dyncc.analysis.axes import Axes
 from dyncc.analysis.facts import Facts
-from dyncc.ir import argument, aten, emit, is_symbolic, is_tensor, op_name, outputs, refresh, same_size, shape, val
+from dyncc.ir import ATTENTION, argument, aten, emit, is_attention, is_symbolic, is_tensor, op_name, outputs, refresh, same_size, shape, val
 from dyncc.restrict import Plan, Refusal, plan_backward, shorten
 from dyncc.rewrite import Context, Pass, PassResult
 
-WORTH = {"linear", "addmm", "mm", "matmul", "scaled_dot_product_attention"}
+WORTH = {"linear", "addmm", "mm", "matmul", *ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _problem(plan: Plan) -> str:
     """Why it is not worth it, or does not fit; ''."""
     if not any(op_name(n) in WORTH for n in plan.short):
         return "nothing row-wise stands in front of it"
-    causal = [n for n in plan.short if n.target is aten.scaled_dot_product_attention.default and argument(n, "is_causal", False)]
+    causal = [n for n in plan.short if is_attention(n) and argument(n, "is_causal", False)]
     if not all(same_size(shape(n.args[0])[-2], shape(n.args[1])[-2]) for n in causal):  # type: ignore[arg-type]
         return "the causal flag of an attention in front of it counts other rows than keys"
     return ""
@@ -104,7 +104,7 @@ def _slice_up(axes: Axes, plan: Plan, node: fx.Node) -> None:
             made[key] = emit(before, lambda x: _sliced(x, key[1], rows), operand)
         return made[key]
 
-    attention = [n for n in plan.short if n.target is aten.scaled_dot_product_attention.default]
+    attention = [n for n in plan.short if is_attention(n)]
     for sdpa in attention:
         _uncausal(sdpa, rows)
     full = shape(source)[dim]
@@ -131,10 +131,11 @@ def _sliced(x: Any, dims: tuple[int, ...], rows: tuple[int, int]) -> Any:
     return x
 
 
-def _seen_by(k: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-    """Which keys [B, H, T, D] each of these rows sees, of as many rows as keys."""
+def _seen_by(k: torch.Tensor, rows: tuple[int, int], window: int) -> torch.Tensor:
+    """Which keys [B, H, T, D] each of these rows sees, of as many rows as keys; with a window only the last ones."""
     keys = torch.arange(k.shape[-2], device=k.device)
-    return keys.unsqueeze(0) <= _sliced(keys.unsqueeze(1), (0,), rows)
+    row = _sliced(keys.unsqueeze(1), (0,), rows)
+    return (keys <= row) & (keys > row - window) if window else keys.unsqueeze(0) <= row
 
 
 def _uncausal(sdpa: fx.Node, rows: tuple[int, int]) -> None:
@@ -143,7 +144,8 @@ def _uncausal(sdpa: fx.Node, rows: tuple[int, int]) -> None:
         return
     k = sdpa.args[1]
     args, kwargs = list(sdpa.args[:3]), {x: y for x, y in sdpa.kwargs.items() if x not in ("attn_mask", "dropout_p", "is_causal")}
-    if rows != (-1, 0):
-        kwargs["attn_mask"] = emit(sdpa, lambda k: _seen_by(k, rows), k)
+    window = kwargs.pop("window", 0)
+    if rows != (-1, 0) or window:
+        kwargs["attn_mask"] = emit(sdpa, lambda k: _seen_by(k, rows, window), k)
     sdpa.args, sdpa.kwargs = tuple(args), kwargs
 

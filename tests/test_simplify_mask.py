@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from dyncc.analysis.facts import analyse
 from dyncc.ir import Program, argument, op_name
-from dyncc.passes.simplify_mask import CAUSAL, Const, Position, SimplifyMask, evaluate
+from dyncc.passes.simplify_mask import CAUSAL, Causal, Const, Position, SimplifyMask, evaluate
 from dyncc.rewrite import Applied, Context, apply_pass, fingerprint
 
 B, H, T, D = 2, 2, 6, 4
@@ -198,7 +199,15 @@ def test_a_mask_with_another_user_stays_for_it() -> None:
         (lambda x: torch.ones(3, 3).tril()[1:], None),
         (lambda x: torch.ones(1, 1).tril().expand(3, 3), None),
         (lambda x: torch.arange(3)[None] <= torch.arange(4)[:, None], CAUSAL),
-        (lambda x: torch.arange(3)[None] <= torch.arange(4)[:, None] - 1, None),
+        (lambda x: torch.arange(3)[None] <= torch.arange(4)[:, None] - 1, Causal(False, False, 1, True)),
+        (lambda x: torch.arange(3)[None] <= torch.arange(4)[:, None] + 1, None),
+        (lambda x: torch.arange(3)[None] > torch.arange(4)[:, None], Causal(False, True)),
+        (lambda x: torch.arange(3)[None] > torch.arange(4)[:, None] - 2, Causal(True, True, 2, False)),
+        (lambda x: torch.zeros(3, 3).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -math.inf), Causal(0, -math.inf)),
+        (lambda x: (1.0 - torch.ones(3, 3).tril()) * -2.0, Causal(0, -2.0)),
+        (lambda x: torch.where(torch.ones(3, 3, dtype=torch.bool), 0.0, torch.randn(3, 3)), None),
+        (lambda x: torch.full((3, 3), -math.inf).triu(1), Causal(0, -math.inf)),
+        (lambda x: torch.full((3, 3), -math.inf).triu(), None),
         (lambda x: torch.arange(3)[None] <= torch.arange(1)[:, None].expand(3, 1), None),
         (lambda x: x > 0, None),
     ],

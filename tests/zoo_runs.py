@@ -81,8 +81,10 @@ def exact(name: str, attn: str) -> dict[str, ExactRun]:
 
 def expected_exact(model: ZooModel, attn: str, name: str) -> int:
     """How often an exact pass should fire, from the model's config alone."""
+    if name == "fuse-attention":
+        return model.expected_attention() if attn == "eager" else model.extra_attention  # pooling heads are always spelled out
     if name == "simplify-mask":
-        return LAYERS if model.plain_masks and attn == "sdpa" else 0
+        return LAYERS if model.plain_masks else 0
     if name == "slice-last-token":
         return int(model.fixed_rows)
     return LAYERS if model.grouped_heads else 0

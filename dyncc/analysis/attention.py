@@ -1,7 +1,7 @@
 """Attention regions, fused or spelled out, found by dataflow and never by model name.
 
-Fused: one SDPA node. Spelled out: a softmax whose input comes, through scaling, masking, soft caps and casts, from a matmul of queries with
-keys, and whose output reaches, through casts, NaN guards and dropout, a matmul with values.
+Fused: one node, SDPA or `dyncc::attend`. Spelled out: a softmax whose input comes, through scaling, masking, soft caps and casts, from a
+matmul of queries with keys, and whose output reaches, through casts, NaN guards and dropout, a matmul with values.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dyncc.ir import aten, is_tensor, op_name, operands, shape
+from dyncc.ir import argument, is_attention, is_tensor, op_name, operands, shape
 
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 MATMUL = {"matmul", "bmm", "baddbmm"}
@@ -43,6 +43,14 @@ class AttentionRegion:
         """The node in which keys are weighed: SDPA itself, or the softmax."""
         return self.out if self.softmax is None else self.softmax
 
+    @property
+    def extras(self) -> str:
+        """Words about what a fused attention does beyond SDPA, '' where it does nothing: for passes that compute logits anew."""
+        if op_name(self.out) != "attend":
+            return ""
+        told = [name for name in ("cap", "sinks", "window", "gate") if argument(self.out, name)]
+        return f"it is fused with {' and '.join(told)}; put fuse-attention behind this pass" if told else ""
+
 
 def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionRegion, ...], int, tuple[str, ...]]:
     """The regions in graph order, how many to expect (softmaxes and SDPAs), and why any softmax is no region."""
@@ -52,10 +60,9 @@ def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionRegion, ...], int, t
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target is aten.scaled_dot_product_attention.default:
+        if is_attention(node):
             expected += 1
-            slots = operands(node)
-            mask = slots[3] if len(slots) > 3 else None
+            slots, mask = operands(node), argument(node, "attn_mask")
             regions.append(AttentionRegion(len(regions), True, slots[0], slots[1], slots[2], node, None, mask))
         elif op_name(node) in SOFTMAX and node.args and isinstance(node.args[0], fx.Node):
             expected += 1

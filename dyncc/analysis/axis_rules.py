@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from dyncc.analysis.axes import Contract, Link, OpAxes, Read
-from dyncc.ir import argument, op_name, same_size, shape
+from dyncc.ir import ATTENTION, argument, op_name, same_size, shape
 
 Rule = Callable[[fx.Node, list[fx.Node]], OpAxes]
 RULES: dict[str, Rule] = {}
@@ -133,21 +133,22 @@ def addmm(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return op
 
 
-@rule("scaled_dot_product_attention")
+@rule(*ATTENTION)
 def attention(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
-    rank, q, k = len(shape(node)), shape(slots[0]), shape(slots[1])
+    rank, q = len(shape(node)), shape(slots[0])
     links = [Link(i, 0, i) for i in range(rank - 1)] + [Link(rank - 1, 2, rank - 1)]
     for slot in (1, 2):
         links += [Link(i, slot, i) for i in range(rank - 2) if same_size(shape(slots[slot])[i], q[i])]
     contracts = [Contract(0, rank - 1, 1, rank - 1), Contract(1, rank - 2, 2, rank - 2)]
-    if len(slots) > 3:
-        mask = shape(slots[3])
-        offset = rank - len(mask)
-        if not _is_one(mask[-1]):
-            contracts.append(Contract(1, rank - 2, 3, len(mask) - 1))
-        links += [Link(i + offset, 3, i) for i in range(len(mask) - 1) if not _is_one(mask[i])]
-    del k
-    return OpAxes(links=links, contracts=contracts)
+    mask = argument(node, "attn_mask")
+    for slot in range(3, len(slots)):  # a mask, sinks, a gate: all broadcast, and only a mask counts keys
+        own = shape(slots[slot])
+        offset, last = rank - len(own), len(own) - 1
+        if slots[slot] is mask and not _is_one(own[last]):
+            contracts.append(Contract(1, rank - 2, slot, last))
+        links += [Link(i + offset, slot, i) for i in range(last + (slots[slot] is argument(node, "gate"))) if not _is_one(own[i])]
+    reads = [Read(1, rank - 2, "counts a window along it")] if argument(node, "window", 0) else []
+    return OpAxes(links=links, contracts=contracts, reads=reads)
 
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")

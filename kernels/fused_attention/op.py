@@ -1,0 +1,32 @@
+"""The op `dyncc::attend`: SDPA's arguments and more. Its meaning is its truth; on a CPU it runs a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyncc.kernels.fused_attention.cpu import attend_by_rows
+from dyncc.kernels.fused_attention.truth import attend
+
+_library = torch.library.Library("dyncc", "FRAGMENT")
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, *, "
+    "float? scale=None, bool enable_gqa=False, Tensor? sinks=None, float cap=0.0, int window=0, Tensor? gate=None, "
+    "str activation='sigmoid') -> Tensor"
+)
+_library.impl("attend", attend, "CompositeExplicitAutograd")
+_library.impl("attend", attend_by_rows, "CPU")
+
+
+@torch.library.register_fake("dyncc::attend")
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> Tensor:
+    batch, heads, rows = query.shape[:3]
+    return query.new_empty((batch, rows, heads, value.shape[3])).transpose(1, 2)
+
+
+ATTEND = torch.ops.dyncc.attend.default
+TRUTHS: dict[Any, Callable[..., Tensor]] = {ATTEND: attend}
+"""The op's truth in ATen, for engines that do not know it."""
