@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dyncc.calibrate import calibrate_pairs
     from dyncc.catalogue import PassInfo, list_passes
     from dyncc.errors import DynccError, DynccUsageError, RefusedError
+    from dyncc.given_weights import save_gates, save_lookahead
     from dyncc.kv_cache import KVCache
     from dyncc.report import Region, Report, Rewrite, reports
     from dyncc.runtime import Optimized, explain, optimize
@@ -30,12 +31,14 @@ _PLACES = {
     "load": "artefact",
     "optimize": "runtime",
     "reports": "report",
+    "save_gates": "given_weights",
+    "save_lookahead": "given_weights",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite",
-    "calibrate_pairs", "explain", "list_passes", "load", "optimize", "reports",
+    "calibrate_pairs", "explain", "list_passes", "load", "optimize", "reports", "save_gates", "save_lookahead",
 ]  # fmt: skip
 
 

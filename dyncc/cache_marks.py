@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from dyncc.errors import CacheNotServed
 from dyncc.ir import Program, argument, op_name
@@ -15,10 +17,12 @@ SERVED = {"spread": "layers behind the cut hold and read the tokens that stayed"
 """Marks without which a graph cannot run, in the order in which they are served, and what is done."""
 
 
-def serve_caches(program: Program, settings: Settings, report: Report) -> tuple[Program, Settings]:
+def serve_caches(program: Program, settings: Settings, report: Report, values: Sequence[Any]) -> tuple[Program, Settings]:
     """The program that prunes the prompts of caches which hold its rows, with the scores that caches want computed beside its attention
     (always: they drop keys by them), and the settings with the passes that select keys in front.
 
+    Args:
+        values: the example's inputs, one a placeholder.
     Raises:
         CacheNotServed: an attention cannot be followed; the cache would hold other keys than it says.
     """
@@ -28,7 +32,7 @@ def serve_caches(program: Program, settings: Settings, report: Report) -> tuple[
             if passed.counts_layers and report.graph_break:
                 problem = f"and a graph break splits the model, so its layers cannot be numbered: {report.graph_break}"
                 raise CacheNotServed(passes=text, problem=problem)
-            applied = apply_pass(program, passed, Context())
+            applied = apply_pass(program, passed, Context(values=values))
             if not applied.applied:
                 raise CacheNotServed(passes=text, problem=f"and that cannot be followed here: {applied.reason}")
             found, expected = applied.result.found, applied.result.expected

@@ -20,7 +20,8 @@ from dyncc.decoding import Prefill
 from dyncc.errors import BadCalibration, OutputNotWritable
 from dyncc.ir import Program, argument, op_name, operands, shape
 from dyncc.kernels.select_keys import pair_channels
-from dyncc.pair_order import PairOrder, digest
+from dyncc.pair_order import PairOrder
+from dyncc.stamped_file import digest
 
 Layout = Literal["half", "interleaved"]
 PROJECTIONS = ("linear", "addmm", "mm", "matmul")

@@ -71,11 +71,11 @@ def _compile_or_fall_back(gm: fx.GraphModule, example_inputs: Sequence[Any], set
 def _compile(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, report: Report) -> Callable[..., Any]:
     start = time.perf_counter()
     program = from_dynamo(gm, example_inputs)
-    program, settings = serve_caches(program, settings, report)
+    example = [hint(v) if isinstance(v, torch.SymInt) else v for v in example_inputs]
+    program, settings = serve_caches(program, settings, report, example)
     report.seconds["capture"] = time.perf_counter() - start
     if report.graph_break and count(program.graph, *ATTENTION_LIKE):
         settings = _without_layer_passes(settings, report)
-    example = [hint(v) if isinstance(v, torch.SymInt) else v for v in example_inputs]
     outcome = rewrite(program, settings, [example], report)
     start = time.perf_counter()
     run = lowered(outcome.program, settings, report, example_inputs)

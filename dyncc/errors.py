@@ -187,6 +187,18 @@ class BadPairFile(DynccUsageError):
     template = "cannot take rotary pairs from {path}: {problem}; dyncc.calibrate_pairs writes such files"
 
 
+class BadWeights(DynccUsageError):
+    """Weights that were given to be saved do not fit the model, or each other."""
+
+    template = "cannot save these weights: {problem}"
+
+
+class BadWeightFile(DynccUsageError):
+    """A file of trained weights that is missing, damaged, or made for another model."""
+
+    template = "cannot take weights from {path}: {problem}; {writer} writes such files"
+
+
 class CacheNotServed(DynccUsageError, RuntimeError):
     """A `dyncc.KVCache` with passes was given to a model that dyncc did not compile, or whose attention it cannot follow."""
 

@@ -75,14 +75,17 @@ def _policy(text: str) -> Policy:
     prune, evict, select = ([p for p in built if p.name == name] for name in ("prune-tokens", "evict-kv", "select-kv"))
     if not built or max(map(len, (prune, evict, select))) > 1 or len(prune) + len(evict) + len(select) < len(built):
         raise BadCachePasses(passes=text, problem="takes one pass that prunes prompts, one that evicts, one that selects, or one of each")
-    if evict and select and evict[0].every and evict[0].score != "recents":
+    if evict and select and evict[0].every and evict[0].score not in ("recents", "fade"):
         problem = "cannot score every key in every step and read a part of them only: take a policy that evicts once (every=0)"
+        raise BadCachePasses(passes=text, problem=problem)
+    if prune and evict and evict[0].wants_new:
+        problem = "scores keys by all rows of the prompt, which pruning takes away: leave out one of the two"
         raise BadCachePasses(passes=text, problem=problem)
     if prune:
         _check_prune(text, prune[0], evict[0] if evict else None)
     cuts = PromptCuts.of(prune[0]) if prune else None
-    former = select[0].former if select else None
-    return Policy(cuts, evict[0] if evict else None, select[0] if select else None, render(evict), render(select), former)
+    given, former = evict[0].given() if evict else None, select[0].former if select else None
+    return Policy(cuts, evict[0] if evict else None, select[0] if select else None, render(evict), render(select), given, former)
 
 
 def _check_prune(text: str, prune: Any, evict: Any) -> None:

@@ -101,13 +101,15 @@ class GrowingLayer(DynamicLayer):
 @dataclass(frozen=True)
 class Policy:
     """What the passes of a cache do: `prune` shortens a prompt on its way through the layers, `evict` drops keys, `select` reads a part of
-    them in a step; each may be None. With texts of the latter two; `former` says what the latter remembers between steps."""
+    them in a step; each may be None. With texts of the latter two, the weights that were trained for `evict`, and what `select` remembers
+    between steps (`former`)."""
 
     prune: PromptCuts | None
     evict: Any
     select: Any
     evict_text: str = ""
     select_text: str = ""
+    given: Any = None
     former: Any = None
 
 
@@ -116,14 +118,15 @@ class PolicyLayer(GrowingLayer):
     positions go on counting every token that was read.
 
     `scores` [B, G, T] says what each key held has earned, and is -1 for pads, which go first: rows stay in order, so a mask over the last
-    T tokens of the text hides exactly the pads that are left (pads stand on the left). `state` is what a pass that selects left at the step
-    before; None where it starts anew.
+    T tokens of the text hides exactly the pads that are left (pads stand on the left). `read` [B, G, T] says when each key was read, for
+    scores that age. `state` is what a pass that selects left at the step before; None where it starts anew.
     """
 
     def __init__(self, policy: Policy, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.policy = policy
         self.scores: Tensor | None = None
+        self.read: Tensor | None = None
         self.seen = 0
         self.prompted = False
         self.pages = pages_for(policy.select)
@@ -152,7 +155,7 @@ class PolicyLayer(GrowingLayer):
             new, dense = self.pruned.thin(key_states, value_states, number), new
         keys, values = self.store.append(*new)
         if self.policy.evict is not None:
-            keys = self._watched(keys, new[0].shape[2], start)
+            keys = self._watched(keys, new, start, number)
         if self.policy.select is not None:
             keys = self._partly_read(keys, rows)
         if self.pruned is not None:
@@ -169,22 +172,30 @@ class PolicyLayer(GrowingLayer):
     def _drop(self, rows: int) -> None:
         assert self.scores is not None, "keys are dropped after a prompt, which scored them"
         evict = self.policy.evict
-        index = evict.choose(self.scores, enough=True)
+        ages = self.seen - self.read if self.read is not None else None
+        index = evict.choose(self.scores, enough=True, ages=ages)
         self.store.gather(index, room=(evict.every or ROOM) + rows)
         self.scores = self.scores.gather(2, index)
+        self.read = self.read.gather(2, index) if self.read is not None else None
         self._forget()
         if self.pruned is not None:
             self.pruned.forget()
 
-    def _watched(self, keys: Tensor, rows: int, start: int) -> Tensor:
+    def _watched(self, keys: Tensor, new: tuple[Tensor, Tensor], start: int, number: int) -> Tensor:
         """The keys, through the op in whose place `evict-kv` puts their new scores."""
+        rows: int = new[0].shape[2]
         if rows == 1 and not self.policy.evict.every:
             self.scores = None
             return keys
         batch, groups, held, _ = keys.shape
         old = self.scores if self.scores is not None else keys.new_zeros((batch, groups, held - rows), dtype=torch.float32)
         grown = torch.cat([old, keys.new_zeros((batch, groups, rows), dtype=torch.float32)], dim=2)
-        keys, self.scores = torch.ops.dyncc.watched(keys, grown, self.policy.evict_text, rows, start)
+        wanted = list(new) if self.policy.evict.wants_new else []
+        given = self.policy.given.of_layer(number) if self.policy.given is not None else []
+        keys, self.scores = torch.ops.dyncc.watched(keys, grown, wanted, given, self.policy.evict_text, rows, start)
+        if self.policy.evict.score == "fade":
+            read = torch.arange(start, start + rows, device=keys.device).expand(batch, groups, rows)
+            self.read = read if self.read is None else torch.cat([self.read, read], dim=2)
         return keys
 
     def _partly_read(self, keys: Tensor, rows: int) -> Tensor:
@@ -211,7 +222,7 @@ class PolicyLayer(GrowingLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.scores, self.seen, self.prompted = None, 0, False
+        self.scores, self.read, self.seen, self.prompted = None, None, 0, False
         self._forget()
         if self.pruned is not None:
             self.pruned.forget()
@@ -226,11 +237,14 @@ class PolicyLayer(GrowingLayer):
         self.seen = max(0, self.seen + tokens_to_remove)
         if self.scores is not None:
             self.scores = self.scores[:, :, : self.store.length]
+        if self.read is not None:
+            self.read = self.read[:, :, : self.store.length]
         self._forget()
 
     def change(self, edit: Callable[[Tensor], Tensor]) -> None:
         super().change(edit)
         self.scores = edit(self.scores) if self.scores is not None else None
+        self.read = edit(self.read) if self.read is not None else None
         self.state = [edit(x) for x in self.state] if self.state is not None else None
         if self.pages is not None:
             self.pages.forget()

@@ -1,13 +1,8 @@
-"""Which rotary pairs of each head say most about its attention: a safetensors file that `calibrate_pairs` writes and `select-kv` reads.
-
-It names the model that it belongs to by a few values of each of its parameters, and holds a checksum of its own numbers.
-"""
+"""Which rotary pairs of each head say most about its attention: a safetensors file that `calibrate_pairs` writes and `select-kv` reads."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dyncc.errors import BadPairFile
+from dyncc.stamped_file import Stamped, read_stamped, write_stamped
 
-FORMAT = "dyncc pairs 1"
+FORMAT = "dyncc pairs 2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +39,7 @@ class PairOrder:
 
     def strangers(self, tensors: Iterable[Tensor]) -> int:
         """How many of some parameters are none of the model's."""
-        return sum(digest(t) not in self.parameters for t in tensors)
+        return Stamped({}, {}, self.parameters).strangers(tensors)
 
     def save(self, path: Path, told: dict[str, Any]) -> None:
         """Write the file; `told` goes into it too.
@@ -51,15 +47,8 @@ class PairOrder:
         Raises:
             OSError: the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        tensors = {"pairs": self.pairs.to(torch.int32).contiguous(), "channels": self.channels.to(torch.int32).contiguous()}
-        told = {**told, "format": FORMAT, "parameters": sorted(self.parameters), "checksum": _checksum(tensors.values())}
-        try:
-            save_file(tensors, path, metadata={"dyncc": json.dumps(told)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        tensors = {"pairs": self.pairs.to(torch.int32), "channels": self.channels.to(torch.int32)}
+        write_stamped(path, FORMAT, Stamped(tensors, told, self.parameters))
 
 
 def load_pairs(path: Path) -> PairOrder:
@@ -68,34 +57,10 @@ def load_pairs(path: Path) -> PairOrder:
     Raises:
         BadPairFile: there is no such file, or it is damaged, or is something else.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise BadPairFile(path=path, problem="there is no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get("dyncc", "{}"))
-            tensors = [file.get_tensor(name) for name in ("pairs", "channels")]
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadPairFile(path=path, problem=f"it cannot be read ({error})") from error
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
+        found = read_stamped(path, FORMAT, "rotary pairs")
+    except ValueError as error:
+        raise BadPairFile(path=path, problem=error) from error
+    if set(found.tensors) != {"pairs", "channels"}:
         raise BadPairFile(path=path, problem="it is no file of rotary pairs of this version")
-    if told.get("checksum") != _checksum(tensors):
-        raise BadPairFile(path=path, problem="it is damaged: its numbers do not give its checksum")
-    pairs, channels = (t.long() for t in tensors)
-    return PairOrder(pairs, channels, frozenset(told["parameters"]))
-
-
-def _checksum(tensors: Iterable[Tensor]) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
-
-
-def digest(tensor: Tensor, values: int = 64) -> str:
-    """A parameter's name for itself: its sizes, type, and some of its values, spread over it."""
-    flat = tensor.detach().reshape(-1)
-    places = torch.linspace(0, max(flat.numel() - 1, 0), min(values, flat.numel()), dtype=torch.float64, device=flat.device).long()
-    some: Sequence[float] = flat[places].double().tolist()
-    return hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}{some}".encode()).hexdigest()[:16]
+    return PairOrder(found.tensors["pairs"].long(), found.tensors["channels"].long(), found.parameters)

@@ -9,7 +9,7 @@ views follow, and fake values are recomputed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,7 +232,7 @@ def shorten(
         if swaps:
             replace_operands(node, swaps)
         if node in plan.short:
-            _resize(axes, plan, node, count, batch)
+            resize(node, axes.dims(node), plan.short[node], plan.axis, count, batch)
         refresh(node)
 
 
@@ -263,17 +263,17 @@ def _meeting(axes: Axes, plan: Plan, node: fx.Node, op: OpAxes, slots: list[fx.N
     return found
 
 
-def _resize(axes: Axes, plan: Plan, node: fx.Node, count: Any, batch: Any) -> None:
-    """Sizes written into a view or expand follow the kept rows; -1 follows by itself."""
+def resize(node: fx.Node, dims: tuple[Dim, ...], short: Iterable[int], axis: Dim, count: Any, batch: Any) -> None:
+    """Sizes written into a view or expand follow its rows, `count` along the axis in its dimensions `short`; -1 follows by itself."""
     if op_name(node) not in SIZED:
         return
     name = "size" if op_name(node) in ("view", "expand", "_unsafe_view") else "shape"
     sizes = list(argument(node, name))
-    offset = len(sizes) - len(axes.dims(node))
-    for dim in plan.short[node]:
+    offset = len(sizes) - len(dims)
+    for dim in short:
         if isinstance(sizes[dim + offset], int) and sizes[dim + offset] == -1:
             continue
-        sizes[dim + offset] = _short_size(axes.dims(node)[dim], plan.axis, count, batch, node)
+        sizes[dim + offset] = _short_size(dims[dim], axis, count, batch, node)
     node.args = (node.args[0], sizes)
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != name}
 

@@ -3,7 +3,9 @@
 Two sites. In a step over a `dyncc.KVCache(passes="evict-kv{...}")` the cache marks its keys (kernels/evict_keys, `watched`); the pass
 computes what each key has earned beside the attention, and the cache itself drops keys by it, at its next step: outputs of this call do
 not change. In a prompt whose keys and values are outputs (`Prefill(keys=True)`, an exported prefill) the outputs are the kept rows.
-Scores: H2O (Zhang et al. 2023), A2SF (Jo & Shin 2024), Keyformer (Adnan et al. 2024), SnapKV (Li et al. 2024), StreamingLLM.
+Scores: H2O (Zhang et al. 2023), A2SF (Jo & Shin 2024), Keyformer (Adnan et al. 2024), SnapKV (Li et al. 2024), StreamingLLM;
+DapQ (Tian et al. 2026) for `ahead`, the attention of rows that stand behind the prompt (rows_ahead.py). With trained weights from a file
+(given_scores.py): LookaheadKV (Ahn et al. 2026) for such rows, TRIM-KV (Bui et al. 2025) for `fade`, by which keys lose worth as they age.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from torch import fx
 from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.analysis.facts import Facts
 from dyncc.errors import BadOptionValue
-from dyncc.ir import GETITEM, argument, emit, output_node, outputs, shape, val
+from dyncc.given_weights import Gates, Lookahead
+from dyncc.ir import GETITEM, Program, argument, emit, output_node, outputs, shape, val
 from dyncc.kernels.evict_keys import (
     HIDDEN,
     SUMS,
     WATCHED,
+    ahead_sums,
     hide_pads,
     keep_keys,
     last_rows,
@@ -29,9 +33,11 @@ from dyncc.kernels.evict_keys import (
     row_weights,
     window_sums,
 )
-from dyncc.kernels.select_keys import take_keys
+from dyncc.kernels.select_keys import select_keys, take_keys
 from dyncc.options import settle
 from dyncc.passes.drop_repeat_kv import repeated
+from dyncc.passes.given_scores import check_gates, check_model, faded, fading, load_given, rows_given
+from dyncc.passes.rows_ahead import Given, Look, RowsAhead, Site
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -45,7 +51,7 @@ class EvictKV(Pass):
     exact: ClassVar[bool] = False
 
     budget: int = 1024
-    score: Literal["received", "window", "recents"] = "received"
+    score: Literal["received", "window", "ahead", "fade", "recents"] = "received"
     window: int = 32
     pool: int = 1
     decay: float = 1.0
@@ -54,6 +60,7 @@ class EvictKV(Pass):
     sinks: int = 0
     recents: int = 32
     every: int = 0
+    file: str | None = None
 
     def __post_init__(self) -> None:
         settle(self)
@@ -67,11 +74,37 @@ class EvictKV(Pass):
             raise BadOptionValue(option="pool", value=str(self.pool), problem="a key stands in the middle of its pool: take an odd number")
         if not 0.0 < self.decay <= 1.0:
             raise BadOptionValue(option="decay", value=str(self.decay), problem="it lies above 0 and is 1 at most")
+        if self.score == "ahead" and self.every:
+            raise BadOptionValue(option="every", value=str(self.every), problem="score=ahead looks once, when the prompt ends: every=0")
+        if self.score == "fade" and not self.every:
+            raise BadOptionValue(option="every", value="0", problem="score=fade looks at keys as they age: every=1 or more")
+        if self.file is not None and self.score not in ("ahead", "fade"):
+            raise BadOptionValue(option="file", value=self.file, problem=f"score={self.score} needs no trained weights")
         if self.temperature <= 0:
             raise BadOptionValue(option="temperature", value=str(self.temperature), problem="it lies above 0")
 
-    def choose(self, scores: torch.Tensor, enough: bool = False) -> torch.Tensor:
-        """Sorted indices [B, G, min(budget, N)] of the keys that stay, by scores [B, G, N]; `enough`: N is `budget` at least."""
+    @property
+    def wants_new(self) -> bool:
+        """Whether scores are made from what this call's keys come from."""
+        return self.score in ("ahead", "fade")
+
+    def given(self) -> Lookahead | Gates | None:
+        """The trained weights in `file`.
+
+        Raises:
+            BadOptionValue: the score needs a file and has none.
+            BadWeightFile: there is no such file, or it is damaged, or is something else.
+        """
+        if self.file is None and self.score == "fade":
+            raise BadOptionValue(option="file", value="none", problem="score=fade needs the file that dyncc.save_gates wrote")
+        return load_given(self.score, self.file) if self.file is not None else None
+
+    def choose(self, scores: torch.Tensor, enough: bool = False, ages: torch.Tensor | None = None) -> torch.Tensor:
+        """Sorted indices [B, G, min(budget, N)] of the keys that stay, by scores [B, G, N]; `enough`: N is `budget` at least; `ages`: how
+        many tokens ago keys were read."""
+        if self.score == "fade":
+            assert ages is not None, "a key fades with its age"
+            return select_keys(-(ages * scores), self.budget, scores[:, :1] >= 0, self.sinks, self.recents, enough)
         if self.score == "recents":
             at = torch.arange(scores.shape[2], device=scores.device, dtype=torch.float32)
             scores = torch.where(scores < 0, HIDDEN, at)
@@ -81,11 +114,21 @@ class EvictKV(Pass):
         """Serve every marked cache, or shorten the keys and values that a prompt returns."""
         marks = [n for n in program.graph.nodes if n.target is WATCHED and argument(n, "policy") == self._text()]
         if marks:
-            return self._serve(marks, facts)
-        done, misses, shortened = 0, [], set()
+            return self._serve(marks, program, facts, context)
+        if self.file is not None or self.score == "fade":
+            raise Refusal("trained weights come with dyncc.KVCache: compile the model and give it a cache made with this pass")
+        done, misses, shortened, held = 0, [], set(), {}
         for region in facts.attention:
             try:
-                shortened |= self._shorten(program, region, facts)
+                held[region] = self._held(program, region, facts)
+            except Refusal as refusal:
+                misses.append(f"attention {region.index}: {refusal}")
+        returned = outputs(program.graph)
+        looks = self._look(facts, None, [Site(r, returned[k], returned[v]) for r, (k, v) in held.items()])
+        for region, at in held.items():
+            try:
+                self._shorten(program, region, at, looks)
+                shortened |= set(at)
                 done += 1
             except Refusal as refusal:
                 misses.append(f"attention {region.index}: {refusal}")
@@ -99,23 +142,40 @@ class EvictKV(Pass):
 
         return render([self])
 
-    def _serve(self, marks: list[fx.Node], facts: Facts) -> PassResult:
+    def _serve(self, marks: list[fx.Node], program: Program, facts: Facts, context: Context) -> PassResult:
         """Put the keys themselves and their new scores in place of each mark."""
         readers = {mark: region for region in facts.attention for mark in _behind(region)}
+        given = self.given()
+        parameters = check_model(given, program, context.values) if given is not None else []
+        if isinstance(given, Gates):
+            check_gates(given, facts)
+        rows = rows_given(given, marks[0].args[3], parameters) if isinstance(given, Lookahead) else None
+        looks = self._look(facts, rows, [Site(readers[m], *m.args[2]) for m in marks if m in readers])
         for number, mark in enumerate(marks):
             region = readers.get(mark)
             if region is None:
                 raise Refusal(f"no attention that dyncc understands reads the keys of cache layer {number}")
-            keys, old, _, rows, start = mark.args
-            scores = self._scores(region, shape(keys)[1], old, rows, start)
+            keys, old, new, gate, _, rows, start = mark.args
+            if isinstance(given, Gates):
+                scores = self._faded(region, given, old, new[0], gate)
+            else:
+                scores = self._scores(region, shape(keys)[1], old, rows, start, looks)
             for user in list(mark.users):
                 user.replace_all_uses_with(keys if user.args[1] == 0 else scores)
                 user.graph.erase_node(user)
             mark.graph.erase_node(mark)
         return PassResult(len(marks), len(marks))
 
-    def _shorten(self, program: Any, region: AttentionRegion, facts: Facts) -> set[int]:
-        """Return the kept rows of one attention's keys and values; the numbers of the outputs that became shorter."""
+    def _look(self, facts: Facts, given: Given | None, sites: list[Site]) -> dict[fx.Node, Look]:
+        """What rows behind the prompt ask in its attentions."""
+        if self.score != "ahead" or not sites:
+            return {}
+        if any(not site.region.fused for site in sites):
+            raise Refusal("rows behind the prompt need plain queries and keys; load the model with attn_implementation='sdpa'")
+        return RowsAhead(facts.axes, sites, self.window, given).run()
+
+    def _held(self, program: Any, region: AttentionRegion, facts: Facts) -> tuple[int, int]:
+        """The numbers of the outputs that are one attention's keys and values."""
         returned = outputs(program.graph)
         held = [i for i, n in enumerate(returned) if i in facts.kv_outputs and n in kv_sources(region)]
         if len(held) != 2:
@@ -123,20 +183,27 @@ class EvictKV(Pass):
         rows = shape(region.q)[-2]
         if isinstance(rows, int) and rows == 1:
             raise Refusal("it has one query row; evict-kv acts on prompts, and in decoding steps with dyncc.KVCache(passes=...)")
-        out = output_node(program.graph)
-        kept = emit(out, self.choose, self._scores(region, shape(returned[held[0]])[1], None, None, 0))
+        return held[0], held[1]
+
+    def _shorten(self, program: Any, region: AttentionRegion, held: tuple[int, int], looks: dict[fx.Node, Look]) -> None:
+        """Return the kept rows of one attention's keys and values."""
+        returned, out = outputs(program.graph), output_node(program.graph)
+        kept = emit(out, self.choose, self._scores(region, shape(returned[held[0]])[1], None, None, 0, looks))
         for i in held:
             returned[i] = emit(out, take_keys, returned[i], kept)
         out.args = (tuple(returned),)
-        return set(held)
 
-    def _scores(self, region: AttentionRegion, groups: Any, old: fx.Node | None, rows: Any, start: Any) -> fx.Node:
+    def _scores(
+        self, region: AttentionRegion, groups: Any, old: fx.Node | None, rows: Any, start: Any, looks: dict[fx.Node, Look]
+    ) -> fx.Node:
         """What each key [B, G, N] has earned after this call."""
         if region.extras:
             raise Refusal(region.extras)
         mask = region.mask
         if mask is not None and (len(shape(mask)) != 4 or shape(mask)[1] != 1):
             raise Refusal(f"its mask is {list(shape(mask))}; one mask for all heads, [batch, 1, rows, keys], can be followed")
+        if region.out in looks:
+            return self._asked(region, looks[region.out])
         return self._fused(region, old, rows, start) if region.fused else self._spelled(region, groups, old)
 
     def _fused(self, region: AttentionRegion, old: fx.Node | None, rows: Any, start: Any) -> fx.Node:
@@ -159,6 +226,20 @@ class EvictKV(Pass):
             return self._total(sums, old, mask, q.shape[2])
 
         made: fx.Node = emit(region.out, compute, q, k, region.mask, old, start)
+        return made
+
+    def _asked(self, region: AttentionRegion, look: Look) -> fx.Node:
+        scale = argument(region.out, "scale")
+
+        def compute(q: Any, k: Any, seen: Any, mask: Any) -> Any:
+            return hide_pads(ahead_sums(q, k, seen, scale), mask)
+
+        made: fx.Node = emit(look.out, compute, look.q, look.k, look.mask, region.mask)
+        return made
+
+    def _faded(self, region: AttentionRegion, given: Gates, old: fx.Node, keys: fx.Node, gate: list[fx.Node]) -> fx.Node:
+        fresh = fading(given, keys, gate, region.out)
+        made: fx.Node = emit(region.out, lambda fresh, old, mask: hide_pads(faded(fresh, old), mask), fresh, old, region.mask)
         return made
 
     def _spelled(self, region: AttentionRegion, groups: Any, old: fx.Node | None) -> fx.Node:

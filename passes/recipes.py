@@ -129,6 +129,39 @@ SNAPKV = Recipe(
     confidence="high",
 )
 
+DAPQ = Recipe(
+    name="dapq",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "ahead", "window": "32", "pool": "7", "recents": "0"},
+    citation="Tian et al., Where Matters More Than What: Decoding-aligned KV Cache Compression via Position-aware Pseudo Queries, 2026",
+    needs="training-free",
+    note="32 rows behind the prompt ask in the answer's place; they repeat the prompt's last tokens at positions that count on, and "
+    "nothing of them is kept; pooled as in snapkv",
+    confidence="medium",
+)
+
+LOOKAHEADKV = Recipe(
+    name="lookaheadkv",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "ahead", "recents": "0"},
+    citation="Ahn et al., LookaheadKV: Fast and Accurate KV Cache Eviction by Glimpsing into the Future without Generation, ICLR 2026",
+    needs="trained weights",
+    note="file= takes trained embeddings of rows behind the prompt and adapters that act on those rows alone (dyncc.save_lookahead); "
+    "without a file the rows are the prompt's last tokens, as in dapq",
+    confidence="high",
+)
+
+TRIM_KV = Recipe(
+    name="trim-kv",
+    pass_name="evict-kv",
+    options={"budget": "512", "score": "fade", "recents": "0", "every": "128"},
+    citation="Bui et al., Cache What Lasts: Token Retention for Memory-Bounded KV Cache in LLMs (TRIM-KV), 2025",
+    needs="trained weights",
+    note="file= takes a trained gate for each attention (dyncc.save_gates), by which keys fade with their age; 512 keys and 128 between "
+    "two evictions are the authors' values",
+    confidence="high",
+)
+
 TOVA = Recipe(
     name="tova",
     pass_name="evict-kv",
@@ -216,6 +249,6 @@ TIDALDECODE = Recipe(
 
 RECIPES: tuple[Recipe, ...] = (
     EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
-    KEYFORMER, SNAPKV, TOVA,
+    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, TOVA,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

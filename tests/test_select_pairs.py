@@ -176,7 +176,7 @@ def test_files_that_do_not_fit_are_told(file: Path, tmp_path: Path) -> None:
     save_file({"pairs": torch.zeros(2), "channels": torch.zeros(2)}, tmp_path / "other")
     refused(tmp_path / "other", "it is no file of rotary pairs")
     save_file({"weights": torch.zeros(2)}, tmp_path / "other")
-    refused(tmp_path / "other", "it cannot be read")
+    refused(tmp_path / "other", "it is no file of rotary pairs of this version")
     order = load_pairs(file)
     PairOrder(order.pairs[:1], order.channels, order.parameters).save(tmp_path / "short", {})
     refused(tmp_path / "short", "it is for 1 attentions of 4 heads of width 16, the graph has 2 of 4 heads of width 16")

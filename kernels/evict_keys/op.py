@@ -1,7 +1,8 @@
 """Two ops: `dyncc::watched` marks keys whose cache wants scores, `dyncc::column_sums` is its truth as one op.
 
 A cache cannot see queries. It hands its keys through `watched`, and the pass `evict-kv` puts what the scores become in its place; the op
-itself computes nothing, so a model that dyncc did not compile is told so.
+itself computes nothing, so a model that dyncc did not compile is told so. `new` are the keys and values [B, G, T, D] of this call alone,
+for scores that are made where those come from, and `given` weights that were trained for this layer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dyncc.errors import CacheNotServed
 from dyncc.kernels.evict_keys.truth import column_sums
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
-_library.define("watched(Tensor keys, Tensor scores, str policy, SymInt rows, SymInt start) -> (Tensor, Tensor)")
+_library.define(
+    "watched(Tensor keys, Tensor scores, Tensor[] new, Tensor[] given, str policy, SymInt rows, SymInt start) -> (Tensor, Tensor)"
+)
 _library.define(
     "column_sums(Tensor q, Tensor k, Tensor? mask, Tensor weights, bool is_causal, float? scale, float temperature, int seed, SymInt start)"
     " -> Tensor"
@@ -23,7 +26,9 @@ _library.define(
 _library.impl("column_sums", column_sums, "CompositeExplicitAutograd")
 
 
-def _watched(keys: Tensor, scores: Tensor, policy: str, rows: int, start: int) -> tuple[Tensor, Tensor]:
+def _watched(
+    keys: Tensor, scores: Tensor, new: list[Tensor], given: list[Tensor], policy: str, rows: int, start: int
+) -> tuple[Tensor, Tensor]:
     raise CacheNotServed(passes=policy, problem=CacheNotServed.not_compiled)
 
 
@@ -31,7 +36,9 @@ _library.impl("watched", _watched, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dyncc::watched")
-def _fake_watched(keys: Tensor, scores: Tensor, policy: str, rows: Any, start: Any) -> tuple[Tensor, Tensor]:
+def _fake_watched(
+    keys: Tensor, scores: Tensor, new: list[Tensor], given: list[Tensor], policy: str, rows: Any, start: Any
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(keys), torch.empty_like(scores)
 
 
