@@ -120,10 +120,10 @@ def test_the_shipped_registry_is_consistent() -> None:
     assert registry.names()[:4] == ("simplify-mask", "slice-last-token", "drop-repeat-kv", "prune-tokens")
     kinds = {
         "prune-tokens": {"evit", "promptdistill", "lazyllm"},
-        "select-kv": {"tokenselect", "quest", "hisa", "hip", "fasa", "louiskv", "tidaldecode", "sink-window"},
+        "select-kv": {"tokenselect", "quest", "hisa", "hip", "fasa", "louiskv", "actqkv", "tidaldecode", "sink-window"},
         "evict-kv": {"streamingllm", "h2o", "a2sf", "keyformer", "snapkv", "tova"},
     }
-    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 17
+    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 18
     assert all(recipe.pass_name in registry.names() and recipe.citation for recipe in RECIPES)
     assert set(registry.exact) <= set(registry.names())
 
