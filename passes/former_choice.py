@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -65,3 +66,22 @@ def keep_state(mark: fx.Node, state: Sequence[fx.Node]) -> None:
     for user in list(mark.users):
         user.replace_all_uses_with(state[user.args[1]])  # type: ignore[index]
         user.graph.erase_node(user)
+
+
+def look_back_problem(passed: Any) -> tuple[str, str] | None:
+    """The option of a `select-kv` that does not go with one that looks back and why, or None."""
+    if passed.density and passed.similar is not None:
+        return "density", "it does not go with similar=: a choice that is taken again has the size that it had"
+    if passed.density and (passed.score != "vote" or passed.share != "layer"):
+        return "density", "it needs votes of whole layers: score=vote share=layer"
+    if passed.density and (passed.reuse or passed.layers is not None):
+        return "density", "each layer has a number of keys of its own, so that none can reuse the choice of another"
+    if passed.density:
+        return None
+    if passed.share == "head":
+        return "share", "similar= remembers the choice of a layer or of its groups: share=layer or share=group"
+    if passed.beam is not None:
+        return "beam", "similar= takes whole pages or single keys again, not keys found in pages"
+    if passed.recents < 1:
+        return "recents", "with similar= it is 1 at least: a former choice does not know the newest key"
+    return None

@@ -38,7 +38,7 @@ from dyncc.kernels.select_keys.former import choose_spans
 from dyncc.options import Layers, settle
 from dyncc.pair_order import PairOrder
 from dyncc.passes.decode_sites import Choice, logits, parts, problem, state_mark
-from dyncc.passes.former_choice import Before, FormerChoice, keep_state
+from dyncc.passes.former_choice import Before, FormerChoice, keep_state, look_back_problem
 from dyncc.passes.layer_budgets import LayerBudgets
 from dyncc.passes.page_choice import PAGE_SCORES, PageChoice
 from dyncc.passes.pair_choice import read_pairs
@@ -92,26 +92,8 @@ class SelectKV(Pass):
         if self.sinks + self.recents > self.budget:
             problem = f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
             raise BadOptionValue(option="budget", value=str(self.budget), problem=problem)
-        if self._looks_back and (wrong := self._former_problem()):
+        if self._looks_back and (wrong := look_back_problem(self)):
             raise BadOptionValue(option=wrong[0], value=str(getattr(self, wrong[0])), problem=wrong[1])
-
-    def _former_problem(self) -> tuple[str, str] | None:
-        """The option that does not go with one that looks back and why, or None."""
-        if self.density and self.similar is not None:
-            return "density", "it does not go with similar=: a choice that is taken again has the size that it had"
-        if self.density and (self.score != "vote" or self.share != "layer"):
-            return "density", "it needs votes of whole layers: score=vote share=layer"
-        if self.density and (self.reuse or self.layers is not None):
-            return "density", "each layer has a number of keys of its own, so that none can reuse the choice of another"
-        if self.density:
-            return None
-        if self.share == "head":
-            return "share", "similar= remembers the choice of a layer or of its groups: share=layer or share=group"
-        if self.beam is not None:
-            return "beam", "similar= takes whole pages or single keys again, not keys found in pages"
-        if self.recents < 1:
-            return "recents", "with similar= it is 1 at least: a former choice does not know the newest key"
-        return None
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Rewrite every attention of a decoding step; refuse when there is none."""
