@@ -7,10 +7,14 @@ from typing import Any
 
 from torch import fx
 
-from dyncc.analysis.attention import AttentionRegion
+from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.ir import argument, is_symbolic, operands, same_size, shape
+from dyncc.kernels.select_keys import REMEMBERED
 from dyncc.passes.drop_repeat_kv import repeated
 from dyncc.passes.page_choice import PAGE_SCORES
+
+QUERY_HEADS = 128
+"""A cache does not know how many heads a query has: it has room for so many."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,10 @@ def parts(region: AttentionRegion) -> tuple[fx.Node, fx.Node, fx.Node]:
     return (q, wide_k, wide_v) if wide_k is not None and wide_v is not None else (q, k, v)
 
 
-def _spelled_problem(region: AttentionRegion, score: str, queries: bool) -> str:
+def _spelled_problem(region: AttentionRegion, score: str, remembers: str) -> str:
     sizes, out = shape(logits(region)), shape(region.out)
-    if queries:
-        return "it is spelled out, and similar= needs its plain queries; load the model with attn_implementation='sdpa'"
+    if remembers:
+        return f"it is spelled out, and {remembers} needs its plain queries and keys; load the model with attn_implementation='sdpa'"
     if score in (*PAGE_SCORES, "pairs"):
         return f"it is spelled out, and score={score} needs its plain queries and keys; load the model with attn_implementation='sdpa'"
     if len(sizes) != 4 or len(out) != 4 or len(shape(region.v)) != 4:
@@ -73,6 +77,21 @@ def _fused_problem(region: AttentionRegion) -> str:
     return ""
 
 
-def problem(region: AttentionRegion, score: str, queries: bool = False) -> str:
-    """Why keys cannot be chosen by a score, or by it and the queries themselves, for an attention; ''."""
-    return region.extras or _fused_problem(region) if region.fused else _spelled_problem(region, score, queries)
+def state_mark(region: AttentionRegion, policy: str) -> fx.Node | None:
+    """The node that stands for what an attention's cache layer remembers for a pass, by its text; None where it remembers nothing."""
+    found = (n for source in kv_sources(region) for n in source.users if n.target is REMEMBERED and n.args[2] == policy)
+    return next(found, None)
+
+
+def _state_problem(region: AttentionRegion, remembers: str, policy: str) -> str:
+    if state_mark(region, policy) is None:
+        return f"{remembers} looks back to the former step, which only dyncc.KVCache({policy!r}) remembers"
+    heads = shape(parts(region)[0])[1]
+    return f"it has {heads} query heads; a cache remembers {QUERY_HEADS} of them at most" if heads > QUERY_HEADS else ""
+
+
+def problem(region: AttentionRegion, score: str, remembers: str = "", policy: str = "") -> str:
+    """Why keys cannot be chosen by a score for an attention; ''. `remembers` is the option that looks back, of the pass whose text is
+    `policy`."""
+    why = region.extras or _fused_problem(region) if region.fused else _spelled_problem(region, score, remembers)
+    return why or (_state_problem(region, remembers, policy) if remembers else "")

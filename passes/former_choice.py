@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from dyncc.analysis.attention import AttentionRegion, kv_sources
-from dyncc.ir import shape
-from dyncc.kernels.select_keys import REMEMBERED
 from dyncc.kernels.select_keys.former import alike, former_scores
-from dyncc.passes.decode_sites import parts
-from dyncc.restrict import Refusal
-
-QUERY_HEADS = 128
-"""A cache does not know how many heads a query has: it has room for so many."""
+from dyncc.passes.decode_sites import QUERY_HEADS
 
 
 @dataclass(frozen=True)
@@ -40,14 +34,13 @@ class Before:
 
 @dataclass(frozen=True)
 class FormerChoice:
-    """The options of `select-kv` that say when a choice is taken again, and how many spans it has; `policy` is the pass as text."""
+    """The options of `select-kv` that say when a choice is taken again, and how many spans it has."""
 
     similar: float
     cosine: str
     compare: str
     share: str
     spans: int
-    policy: str
 
     def state(self, keys: Tensor) -> list[Tensor]:
         """What a cache layer with keys [B, G, N, D] remembers at first: no query, and any choice."""
@@ -55,22 +48,6 @@ class FormerChoice:
         choices = groups if self.share == "group" else 1
         none = torch.zeros(batch, choices, self.spans, dtype=torch.int64, device=keys.device)
         return [keys.new_zeros(batch, QUERY_HEADS, width), none]
-
-    def mark(self, region: AttentionRegion) -> fx.Node:
-        """The node that stands for the state of an attention's cache layer.
-
-        Raises:
-            Refusal: its keys do not come through a cache that keeps the state of this pass, or its queries have too many heads.
-        """
-        found = (n for source in kv_sources(region) for n in source.users if n.target is REMEMBERED and n.args[2] == self.policy)
-        mark = next(found, None)
-        if mark is None:
-            problem = f"similar={self.similar} looks back to the former step, which only dyncc.KVCache({self.policy!r}) remembers"
-            raise Refusal(problem)
-        heads = shape(parts(region)[0])[1]
-        if heads > QUERY_HEADS:
-            raise Refusal(f"it has {heads} query heads; similar= remembers {QUERY_HEADS} of them at most")
-        return mark
 
     def before(self, q: Tensor, query: Tensor, choice: Tensor) -> Before:
         """The state in front of a step with queries q [B, H, 1, D]."""
@@ -89,3 +66,22 @@ def keep_state(mark: fx.Node, state: Sequence[fx.Node]) -> None:
     for user in list(mark.users):
         user.replace_all_uses_with(state[user.args[1]])  # type: ignore[index]
         user.graph.erase_node(user)
+
+
+def look_back_problem(passed: Any) -> tuple[str, str] | None:
+    """The option of a `select-kv` that does not go with one that looks back and why, or None."""
+    if passed.density and passed.similar is not None:
+        return "density", "it does not go with similar=: a choice that is taken again has the size that it had"
+    if passed.density and (passed.score != "vote" or passed.share != "layer"):
+        return "density", "it needs votes of whole layers: score=vote share=layer"
+    if passed.density and (passed.reuse or passed.layers is not None):
+        return "density", "each layer has a number of keys of its own, so that none can reuse the choice of another"
+    if passed.density:
+        return None
+    if passed.share == "head":
+        return "share", "similar= remembers the choice of a layer or of its groups: share=layer or share=group"
+    if passed.beam is not None:
+        return "beam", "similar= takes whole pages or single keys again, not keys found in pages"
+    if passed.recents < 1:
+        return "recents", "with similar= it is 1 at least: a former choice does not know the newest key"
+    return None

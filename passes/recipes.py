@@ -197,6 +197,18 @@ LOUISKV = Recipe(
     confidence="medium",
 )
 
+ACTQKV = Recipe(
+    name="actqkv",
+    pass_name="select-kv",
+    options={"budget": "2048", "score": "vote", "share": "layer", "sinks": "4", "recents": "64", "density": "true"},
+    citation="Xiao et al., Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context LLMs Inference, 2025",
+    needs="training-free",
+    note="decoding steps only, where a window is one token and so its own probe: 2,048 voted keys a layer on average, more for layers "
+    "whose votes were spread wider at the step before; the formula is ours, after summaries of the paper; prompts, for which the authors "
+    "weigh queries by their activation bias, read all; for dyncc.KVCache",
+    confidence="low",
+)
+
 HISA = Recipe(
     name="hisa",
     pass_name="select-kv",
@@ -248,7 +260,7 @@ TIDALDECODE = Recipe(
 )
 
 RECIPES: tuple[Recipe, ...] = (
-    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
+    EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, ACTQKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
     KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, TOVA,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

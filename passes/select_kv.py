@@ -7,11 +7,13 @@ model. TokenSelect (Wu et al. 2024) for the vote; Quest (Tang et al. 2024) for `
 exceed in them, and reads only two rows of each page where a `dyncc.KVCache` keeps their bounds; HISA (Xu et al. 2026) and HiP (Lee et
 al. 2024) for pages that are refined to keys (page_choice.py); FASA (Wang et al. 2026) for `pairs`, q.k over a few rotary pairs alone
 (pair_choice.py); TidalDecode (Yang et al. 2024) for choices that later layers reuse; TokenSelect and LouisKV (Wu et al. 2026)
-for choices that later steps reuse (former_choice.py).
+for choices that later steps reuse (former_choice.py); ActQKV (Xiao et al. 2025) for budgets that follow
+each layer's votes (layer_budgets.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,8 +37,9 @@ from dyncc.kernels.select_keys import (
 from dyncc.kernels.select_keys.former import choose_spans
 from dyncc.options import Layers, settle
 from dyncc.pair_order import PairOrder
-from dyncc.passes.decode_sites import Choice, logits, parts, problem
-from dyncc.passes.former_choice import Before, FormerChoice, keep_state
+from dyncc.passes.decode_sites import Choice, logits, parts, problem, state_mark
+from dyncc.passes.former_choice import Before, FormerChoice, keep_state, look_back_problem
+from dyncc.passes.layer_budgets import LayerBudgets
 from dyncc.passes.page_choice import PAGE_SCORES, PageChoice
 from dyncc.passes.pair_choice import read_pairs
 from dyncc.restrict import Refusal
@@ -53,6 +56,7 @@ class SelectKV(Pass):
 
     With `similar`, a row of the batch takes its choice of the step before again while the `cosine` of its query (of the heads together,
     or the mean over heads) with the query that chose, or with that of the step before (`compare`), is so much at least.
+    With `density`, layers whose votes were spread wider at the step before read more than `budget` keys and others fewer.
     """
 
     name: ClassVar[str] = "select-kv"
@@ -76,6 +80,7 @@ class SelectKV(Pass):
     similar: float | None = None
     cosine: Literal["whole", "heads"] = "whole"
     compare: Literal["choice", "step"] = "choice"
+    density: bool = False
 
     def __post_init__(self) -> None:
         settle(self)
@@ -87,18 +92,8 @@ class SelectKV(Pass):
         if self.sinks + self.recents > self.budget:
             problem = f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
             raise BadOptionValue(option="budget", value=str(self.budget), problem=problem)
-        if self.similar is not None and (wrong := self._former_problem()):
+        if self._looks_back and (wrong := look_back_problem(self)):
             raise BadOptionValue(option=wrong[0], value=str(getattr(self, wrong[0])), problem=wrong[1])
-
-    def _former_problem(self) -> tuple[str, str] | None:
-        """The option with which a choice cannot be taken again and why, or None."""
-        if self.share == "head":
-            return "share", "similar= remembers the choice of a layer or of its groups: share=layer or share=group"
-        if self.beam is not None:
-            return "beam", "similar= takes whole pages or single keys again, not keys found in pages"
-        if self.recents < 1:
-            return "recents", "with similar= it is 1 at least: a former choice does not know the newest key"
-        return None
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Rewrite every attention of a decoding step; refuse when there is none."""
@@ -109,25 +104,21 @@ class SelectKV(Pass):
             raise Refusal(f"dense={self.dense} leaves none of the {len(facts.attention)} attentions")
         growing = any(is_symbolic(shape(r.v)[-2]) for r in sites)
         chosen_by = set(self.layers.resolve(len(facts.attention))) if self.layers is not None else None
-        done, whole, misses = 0, 0, []
+        problems = {r.index: problem(r, self.score, self._looks_back, self._text) for r in sites}
+        misses = [f"attention {index}: {why}" for index, why in problems.items() if why]
+        fit = [r for r in sites if not problems[r.index]]
+        marks = {r.index: mark for r in fit if (mark := state_mark(r, self._text)) is not None} if self._looks_back else {}
+        done, whole = 0, 0
         choice: Choice | None = None
         order: PairOrder | None = None
         served = 0
-        for region in sites:
-            if why := problem(region, self.score, self.similar is not None):
-                misses.append(f"attention {region.index}: {why}")
-                continue
+        for region in fit:
             if self.file is not None and self.score == "pairs" and order is None:
                 order = read_pairs(self.file, self.pairs, facts.attention, program, context.values)
             due = served == self.reuse if chosen_by is None else region.index in chosen_by
             chooses = choice is None or due or not choice.fits(region)
             if choice is None or chooses:
-                try:
-                    mark = self.former.mark(region) if self.former is not None else None
-                except Refusal as refusal:
-                    misses.append(f"attention {region.index}: {refusal}")
-                    continue
-                choice, served = self._choose(region, order, mark), 0
+                choice, served = self._choose(region, order, marks), 0
             else:
                 served += 1
             if chooses and self.full:
@@ -150,34 +141,52 @@ class SelectKV(Pass):
         return PageChoice(self.score, self.share, self.budget, self.sinks, self.recents, self.page, self.beam, self.branch)
 
     @property
-    def former(self) -> FormerChoice | None:
-        """How a choice is taken again at the next step; None where each step chooses anew. A cache keeps its state."""
+    def former(self) -> FormerChoice | LayerBudgets | None:
+        """What looks back to the step before, and whose state a cache keeps; None where each step stands alone."""
+        if self.density:
+            return LayerBudgets(self.budget, self.sinks, self.recents)
         if self.similar is None:
             return None
+        spans = self.budget // self.page if self.score in PAGE_SCORES else self.budget
+        return FormerChoice(self.similar, self.cosine, self.compare, self.share, spans)
+
+    @property
+    def _looks_back(self) -> str:
+        """The option that does; ''."""
+        return "density=true" if self.density else f"similar={self.similar}" if self.similar is not None else ""
+
+    @property
+    def _text(self) -> str:
         from dyncc.pipeline import render
 
-        spans = self.budget // self.page if self.score in PAGE_SCORES else self.budget
-        return FormerChoice(self.similar, self.cosine, self.compare, self.share, spans, render([self]))
+        return render([self])
 
-    def _choose(self, region: AttentionRegion, order: PairOrder | None, mark: fx.Node | None) -> Choice:
-        """The choice of one attention, computed in front of it; `mark` stands for what its cache remembers."""
+    def _choose(self, region: AttentionRegion, order: PairOrder | None, marks: Mapping[int, fx.Node]) -> Choice:
+        """The choice of one attention, computed in front of it; `marks` stand for what the caches of attentions remember."""
         q, k, v = parts(region)
         if not region.fused:
             return Choice(self._choose_by_logits(region, v), shape(region.softmax)[1], tuple(shape(v)[1:3]))
         kept = self.pages.kept(region) if self.score in PAGE_SCORES else []
+        mark, former = marks.get(region.index), self.former
         state: list[Any] = list(mark.args[1]) if mark is not None else []  # type: ignore[arg-type]
+        if isinstance(former, LayerBudgets):
+            state = [entropy for other in marks.values() for entropy in other.args[1]]  # type: ignore[union-attr]
+            state = [*state, state[list(marks).index(region.index)]] if all(e.op == "placeholder" for e in state) else []  # else new
         masks = [region.mask] if region.mask is not None else []
         scale = argument(region.out, "scale")
         rows = order.best(region.index, self.pairs) if order is not None else []
 
         def choose(q: Any, k: Any, *more: Any) -> Any:
             visible = visible_keys(more[-1]) if masks else None
-            before = self.former.before(q, *more[len(kept) :][:2]) if self.former is not None else None
+            old = more[len(kept) :][: len(state)]
+            if isinstance(former, LayerBudgets):
+                return former.keys(SCORE_KEYS(q, k, visible, self.score, self.share, scale), visible, former.counts(old))
+            before = former.before(q, *old) if former is not None else None
             if self.score in PAGE_SCORES:
                 index = self.pages.keys(q, k, visible, more[: len(kept)], before)
             else:
                 index = self._keys(q, k, visible, scale, rows, before)
-            return index if before is None or self.former is None else (index, *self.former.after(q, before, index))
+            return index if before is None or former is None else (index, *former.after(q, before, index))
 
         made: Any = emit(region.out, choose, q, k, *kept, *state, *masks)
         if mark is not None:
@@ -216,7 +225,7 @@ class SelectKV(Pass):
         q, k, v = parts(region)
         masks = [region.mask] if region.mask is not None else []
         scale, page = argument(out, "scale") if region.fused else None, self.pages.read if self.score in PAGE_SCORES else 1
-        ragged = self.score in PAGE_SCORES or self.similar is not None
+        ragged = self.score in PAGE_SCORES or bool(self._looks_back)
 
         def attend(q: Any, k: Any, v: Any, at: Any, *mask: Any) -> Any:
             return ATTEND_ROW(q, k, v, mask[0] if mask else None, at, page, scale, ragged)

@@ -117,13 +117,13 @@ def test_two_owners_of_one_name_clash() -> None:
 
 def test_the_shipped_registry_is_consistent() -> None:
     registry = pipeline.default_registry()
-    assert registry.names()[:4] == ("simplify-mask", "slice-last-token", "drop-repeat-kv", "prune-tokens")
+    assert registry.names()[:5] == ("fuse-attention", "simplify-mask", "slice-last-token", "drop-repeat-kv", "fuse-gated-attention")
     kinds = {
         "prune-tokens": {"evit", "promptdistill", "lazyllm"},
-        "select-kv": {"tokenselect", "quest", "hisa", "hip", "fasa", "louiskv", "tidaldecode", "sink-window"},
+        "select-kv": {"tokenselect", "quest", "hisa", "hip", "fasa", "louiskv", "actqkv", "tidaldecode", "sink-window"},
         "evict-kv": {"streamingllm", "h2o", "a2sf", "keyformer", "snapkv", "dapq", "lookaheadkv", "trim-kv", "tova"},
     }
-    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 20
+    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 21
     assert all(recipe.pass_name in registry.names() and recipe.citation for recipe in RECIPES)
     assert set(registry.exact) <= set(registry.names())
 

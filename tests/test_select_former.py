@@ -118,9 +118,11 @@ class FormerForm(MaskedForm):
         return reference(score, seen, count, sinks, recents)
 
 
-def masked_steps(text: str, calls: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], FormerForm]:
+def masked_steps(
+    text: str, calls: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch, kind: type[FormerForm] = FormerForm
+) -> tuple[list[Tensor], Any]:
     """Logits of each step behind the first call, by the masked form over a cache that keeps everything."""
-    model, plain, form, found = tiny_llama(), DynamicCache(), FormerForm(build(text)[0]), []
+    model, plain, form, found = tiny_llama(), DynamicCache(), kind(build(text)[0]), []
     read(model, plain, *calls[0])
     with monkeypatch.context() as patched:
         patched.setattr(F, "scaled_dot_product_attention", form)
@@ -224,6 +226,48 @@ def test_another_order_of_the_batch_takes_choices_along_and_other_keys_forget_th
     assert layer.state is None and twin.state is not None
 
 
+class DensityForm(FormerForm):
+    """SDPA in which each layer shows as many keys as the entropies of the step before allow."""
+
+    def __init__(self, passed: SelectKV) -> None:
+        super().__init__(passed)
+        self.former: dict[tuple[int, int], float] = {}
+        self.now: dict[tuple[int, int], float] = {}
+        self.counts: list[int] = []
+
+    def choose(self, q: Tensor, k: Tensor, seen: Tensor) -> np.ndarray:
+        layer, chosen = self.calls - 1, np.zeros((*q.shape[:2], k.shape[2]), dtype=bool)
+        if layer == 0:
+            self.former, self.now = self.now, {}
+        for row in range(q.shape[0]):
+            visible = seen[row, 0, 0].numpy()
+            logits = np.where(visible, (q[row].numpy() * k[row].numpy()).sum(2) * q.shape[3] ** -0.5, -np.inf).astype(np.float64)
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            votes = (weights / weights.sum(1, keepdims=True)).mean(0)
+            self.now[layer, row] = -float((votes[votes > 0] * np.log(votes[votes > 0])).sum())
+            count = self.passed.budget
+            if self.former:
+                mean = np.mean([self.former[other, row] for other in range(LAYERS)])
+                count = int(min(2 * count, max(self.passed.sinks + self.passed.recents, 1, count * self.former[layer, row] // mean)))
+            self.counts.append(count)
+            held = visible.sum() if visible.sum() <= self.passed.budget else count
+            chosen[row, :, reference(votes, visible, int(held), self.passed.sinks, self.passed.recents)] = True
+        return chosen
+
+
+@pytest.mark.parametrize("budget", [10, pytest.param(48, marks=pytest.mark.full)])
+def test_layers_share_the_budget_by_the_entropies_of_the_step_before(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, calls = f"actqkv{{budget={budget} sinks=1 recents=2}}", talk(40, 6)
+    expected, form = masked_steps(text, calls, monkeypatch, DensityForm)
+    each = np.array(form.counts).reshape(6, LAYERS, 2)
+    assert (each.sum(1) <= LAYERS * budget).all() and (each.sum(1) >= LAYERS * budget - LAYERS).all() and (each[1:] != budget).any()
+    found = steps(compiled(tiny_llama()), dyncc.KVCache(text), calls)[1:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if budget > 46:
+        dense = steps(tiny_llama(), DynamicCache(), calls)[1:]
+        torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
 def test_generation(how: dict[str, Any]) -> None:
@@ -282,7 +326,7 @@ def test_what_it_needs_is_told() -> None:
     model = decoder()
     model.set_attn_implementation("eager")
     eager = dyncc.optimize(Decode(model), step(24), passes=TOKENSELECT, engine="reference").report.rewrites[0].reason
-    assert "it is spelled out, and similar= needs its plain queries" in eager
+    assert "it is spelled out, and similar=0.8 needs its plain queries" in eager
 
 
 @pytest.mark.parametrize(
@@ -291,6 +335,9 @@ def test_what_it_needs_is_told() -> None:
         ("share=head similar=0.9", "similar= remembers the choice of a layer or of its groups"),
         ("score=mean beam=32 similar=0.9", "similar= takes whole pages or single keys again"),
         ("recents=0 similar=0.9", "with similar= it is 1 at least"),
+        ("density=true similar=0.9", "it does not go with similar="),
+        ("density=true share=group", "it needs votes of whole layers"),
+        ("density=true reuse=1", "none can reuse the choice of another"),
     ],
 )
 def test_options_that_do_not_fit_are_told(text: str, words: str) -> None:
