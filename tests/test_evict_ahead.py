@@ -97,19 +97,6 @@ def scored(model: Any, ids: Tensor, mask: Tensor | None = None, text: str = DAPQ
 
 
 @pytest.mark.full
-def test_pads_and_other_rows_of_the_batch_do_not_change_a_row() -> None:
-    (ids, mask), model = conversation((20,))[0], tiny_llama()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = dyncc.KVCache(DAPQ)
-    compiled(model)(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-    alone = [scored(model, ids[row : row + 1, pads:]) for row, pads in ((0, 3), (1, 0))]
-    for number, layer in enumerate(cache.layers):
-        assert (layer.scores[0, :, :3] == -1).all()
-        torch.testing.assert_close(layer.scores[:1, :, 3:], alone[0][number], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(layer.scores[1:], alone[1][number], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.full
 @pytest.mark.parametrize("rows", [1, 8, 40])
 def test_any_number_of_rows_ahead(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the prompt has, too: its first token is repeated then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from test_evict_ahead import scored
 from test_evict_kv import MaskedForm, compiled, conversation, read
-from test_kv_cache import tiny_llama
+from test_kv_cache import VOCABULARY, prompt, tiny_llama
 from test_onnx import GROUPS, HEADS, LAYERS, WIDTH, decoder
 from torch import Tensor
 from torch.nn import functional as F
@@ -245,3 +246,80 @@ def test_weights_that_do_not_fit_are_not_saved(folder: Path) -> None:
             call()
     with pytest.raises(OutputNotWritable):
         dyncc.save_gates(model, gates(), folder / "missing" / "x")
+
+
+@pytest.fixture
+def recipe(request: pytest.FixtureRequest, folder: Path) -> str:
+    """A recipe by name, its file made for the small decoder."""
+    model, low = tiny_llama(), adapters(every_linear())
+    return {
+        "dapq": lambda: "dapq{budget=12 window=4}",
+        "lookaheadkv": lambda: f"lookaheadkv{{budget=12 file={dyncc.save_lookahead(model, drawn(3, C), folder / 'r', low)}}}",
+        "trim-kv": lambda: f"trim-kv{{budget=12 every=4 file={dyncc.save_gates(model, gates(), folder / 'g')}}}",
+    }[request.param]()
+
+
+each = pytest.mark.parametrize("recipe", ["dapq", "lookaheadkv", "trim-kv"], indirect=True)
+
+
+@pytest.mark.full
+@each
+def test_generation_holds_the_budget_with_beams_too(recipe: str) -> None:
+    model, given, policy = tiny_llama(), prompt(2, 24, pads=3), build(recipe)[0]
+    before = len(dyncc.reports())
+    model.compile(backend="dyncc", options={"engine": "reference"})
+    for beams in (1, 2):
+        cache = dyncc.KVCache(recipe)
+        model.generate(**given, max_new_tokens=12, do_sample=False, num_beams=beams, past_key_values=cache)
+        held = policy.budget + (policy.every or 11)
+        for layer in cache.layers:
+            assert layer.get_seq_length() == 35 and policy.budget <= layer.store.length <= held
+    reports = dyncc.reports()[before:]
+    assert reports and not any(r.fallback for r in reports)
+
+
+@pytest.mark.full
+@each
+def test_sequences_do_not_leak_copies_go_on_apart_and_a_reset_forgets(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies, caches after a reset and steps that drop keys are graphs of their own: together more than Dynamo's 8."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 16)
+    run, alone, a = compiled(tiny_llama()), list[Tensor](), dyncc.KVCache(recipe)
+    calls = [ids.clone() for ids, _ in conversation((16, *[1] * 5), pads=0, batch=1)]
+    for ids in calls:
+        alone.append(read(run, a, ids)[:, -1])
+    a.reset()
+    b = dyncc.KVCache(recipe)
+    for number, (ids, then) in enumerate(zip(calls, alone, strict=True)):
+        if number == 2:
+            c = copy.copy(a)
+        torch.testing.assert_close(read(run, a, ids)[:, -1], then)
+        read(run, b, (ids + 7) % VOCABULARY)
+    for ids, then in zip(calls[2:], alone[2:], strict=True):
+        torch.testing.assert_close(read(run, c, ids)[:, -1], then)
+
+
+@pytest.mark.full
+@each
+def test_another_order_of_the_batch_takes_everything_along(recipe: str) -> None:
+    """Swapped rows go on as they would have gone on unswapped."""
+    run, (a, b), swap = compiled(tiny_llama()), (dyncc.KVCache(recipe) for _ in range(2)), torch.tensor([1, 0])
+    calls = [ids.clone() for ids, _ in conversation((16, *[1] * 5), pads=0)]
+    for number, ids in enumerate(calls):
+        if number in (1, 3):
+            b.reorder_cache(swap)
+        swapped = number in (1, 2)
+        found = read(run, b, ids[swap] if swapped else ids)[:, -1]
+        torch.testing.assert_close(found[swap] if swapped else found, read(run, a, ids)[:, -1])
+
+
+@pytest.mark.full
+@each
+def test_pads_and_other_rows_of_the_batch_do_not_change_a_row(recipe: str) -> None:
+    (ids, mask), model = conversation((16,))[0], tiny_llama()
+    cache = dyncc.KVCache(recipe)
+    compiled(model)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+    alone = [scored(model, ids[row : row + 1, pads:], text=recipe) for row, pads in ((0, 3), (1, 0))]
+    for number, layer in enumerate(cache.layers):
+        assert (layer.scores[0, :, :3] == -1).all()
+        torch.testing.assert_close(layer.scores[:1, :, 3:], alone[0][number], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.scores[1:], alone[1][number], rtol=1e-4, atol=1e-5)
