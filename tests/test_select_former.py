@@ -255,7 +255,8 @@ class DensityForm(FormerForm):
         return chosen
 
 
-@pytest.mark.parametrize("budget", [10, pytest.param(48, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("budget", [10, 48])
 def test_layers_share_the_budget_by_the_entropies_of_the_step_before(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     text, calls = f"actqkv{{budget={budget} sinks=1 recents=2}}", talk(40, 6)
     expected, form = masked_steps(text, calls, monkeypatch, DensityForm)
