@@ -150,7 +150,7 @@ class EvictKV(Pass):
         if isinstance(given, Gates):
             check_gates(given, facts)
         rows = rows_given(given, marks[0].args[3], parameters) if isinstance(given, Lookahead) else None
-        looks = self._look(facts, rows, [Site(readers[m], *m.args[2]) for m in marks if m in readers])
+        looks = self._look(facts, rows, [Site(readers[m], *m.args[2]) for m in marks if m in readers and m.args[2]])
         for number, mark in enumerate(marks):
             region = readers.get(mark)
             if region is None:
