@@ -250,3 +250,15 @@ class UnknownOutputKind(DynccUsageError):
 
 class FileMismatch(DynccError):
     """A file that was written gives other outputs than the model it was written from. It was removed."""
+
+
+class BadKernelSpec(DynccUsageError):
+    """A kernel was asked for that cannot be generated."""
+
+    template = "no kernel with {option}={value}: {problem}"
+
+
+class UnknownTarget(DynccUsageError):
+    """A kernel was asked for a device that the generator does not know."""
+
+    template = "unknown target {name!r}{near}; choose one of {known}"

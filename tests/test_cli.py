@@ -18,6 +18,7 @@ from rich.console import Console
 
 import dyncc
 from dyncc import cli, errors
+from dyncc.passes import EXACT
 from dyncc.progress import progress
 
 ROOT = Path(cli.__file__).resolve().parents[1]
@@ -118,7 +119,7 @@ def test_passes_lists_passes_and_recipes(run: Any) -> None:
     code, out, err = run("passes", "--json")
     found = {entry["name"]: entry for entry in json.loads(out)}
     assert (code, err) == (0, "")
-    assert list(found)[:4] == ["simplify-mask", "slice-last-token", "drop-repeat-kv", "prune-tokens"]
+    assert list(found)[:4] == ["fuse-attention", "simplify-mask", "slice-last-token", "drop-repeat-kv"]
     assert found["slice-last-token"]["exact"] and found["slice-last-token"]["default"]
     assert not found["prune-tokens"]["exact"]
     assert found["evit"]["configures"] == "prune-tokens"
@@ -136,7 +137,7 @@ def test_explain_prints_a_report(run: Any) -> None:
     report = json.loads(out)
     assert code == 0
     assert "loading" in err
-    assert [rewrite["name"] for rewrite in report["rewrites"]] == ["simplify-mask", "slice-last-token", "drop-repeat-kv"]
+    assert [rewrite["name"] for rewrite in report["rewrites"]] == list(EXACT)
     assert any(Path("dump").rglob("*"))
     code, out, _ = run(*words, "--passes", "prune-tokens{layers=0 score=hidden-norm keep=0.5},slice-last-token")
     assert code == 0

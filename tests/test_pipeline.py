@@ -117,7 +117,7 @@ def test_two_owners_of_one_name_clash() -> None:
 
 def test_the_shipped_registry_is_consistent() -> None:
     registry = pipeline.default_registry()
-    assert registry.names()[:4] == ("simplify-mask", "slice-last-token", "drop-repeat-kv", "prune-tokens")
+    assert registry.names()[:4] == ("fuse-attention", "simplify-mask", "slice-last-token", "drop-repeat-kv")
     kinds = {
         "prune-tokens": {"evit", "promptdistill", "lazyllm"},
         "select-kv": {"tokenselect", "quest", "hisa", "hip", "fasa", "tidaldecode", "sink-window"},
