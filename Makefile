@@ -44,6 +44,10 @@ test-full: $(INSTALLED) ## run every test (long) and write tests/full.md
 	mkdir -p build
 	$(BIN)/pytest --junitxml=build/full.xml $(PYTEST_FLAGS) || failed=1; $(BIN)/python tests/summary.py build/full.xml > tests/full.md; exit $${failed:-0}
 
+.PHONY: test-kernels
+test-kernels: $(INSTALLED) ## run every test of kernels: truths, interpreter, compilers (minutes)
+	$(BIN)/pytest tests/test_generator.py tests/test_fused_attention.py tests/test_triton_pages.py tests/test_one_row.py tests/test_kernels_truth.py tests/test_native.py $(PYTEST_FLAGS)
+
 .PHONY: test-matrix
 test-matrix: ## run the zoo on the oldest and the newest torch and transformers allowed and write tests/matrix.md
 	$(PYTHON) tests/run_matrix.py

@@ -1,4 +1,4 @@
-"""The command line: `dyncc passes | explain | bench | convert | demo | cache`.
+"""The command line: `dyncc passes | explain | bench | convert | kernels | demo | cache`.
 
 Results go to stdout (with --json as JSON), messages to stderr. Exit codes: 0 done, 1 a check failed, 2 bad use or input.
 Whatever takes long to import is imported inside the command that needs it.
@@ -168,6 +168,22 @@ def _parity(row: dict[str, Any]) -> str:
 
 def _note(message: str) -> None:
     typer.echo(message, err=True)
+
+
+@app.command()
+def kernels(
+    target: Annotated[str, typer.Option(help="compile for this device, such as cuda:90, and tell what each kernel takes there")] = "",
+    dump: Annotated[Path | None, typer.Option(help="write the source of each kernel into this folder")] = None,
+    as_json: Json = False,
+) -> int:
+    """List the Triton kernels that dyncc generates; no GPU is needed."""
+    from dyncc.kernels.generator import catalogue
+    from dyncc.outputs import writable_folder
+
+    folder = writable_folder(dump) if dump else None
+    with _quiet_stdout():
+        rows = catalogue.rows(target, folder)
+    return _print_json(rows) if as_json else _print("\n".join(catalogue.line(row) for row in rows))
 
 
 @app.command()

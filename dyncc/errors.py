@@ -203,7 +203,10 @@ class CacheNotServed(DynccUsageError, RuntimeError):
     """A `dyncc.KVCache` with passes was given to a model that dyncc did not compile, or whose attention it cannot follow."""
 
     template = "dyncc.KVCache({passes!r}) chooses keys by attention, {problem}"
-    not_compiled: ClassVar[str] = 'which is done in a model that dyncc compiled only; call model.compile(backend="dyncc")'
+    not_compiled: ClassVar[str] = (
+        'which is done in a model that dyncc compiled only; call model.compile(backend="dyncc"). Where that was called, this call needed one '
+        "more graph than torch._dynamo.config.recompile_limit allows: raise it"
+    )
 
 
 class BadCachePasses(DynccUsageError):
@@ -262,3 +265,15 @@ class UnknownOutputKind(DynccUsageError):
 
 class FileMismatch(DynccError):
     """A file that was written gives other outputs than the model it was written from. It was removed."""
+
+
+class BadKernelSpec(DynccUsageError):
+    """A kernel was asked for that cannot be generated."""
+
+    template = "no kernel with {option}={value}: {problem}"
+
+
+class UnknownTarget(DynccUsageError):
+    """A kernel was asked for a device that the generator does not know."""
+
+    template = "unknown target {name!r}{near}; choose one of {known}"

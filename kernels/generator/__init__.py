@@ -1,0 +1,6 @@
+"""Triton kernels made from small specs: a spec says what is computed, `source` writes readable code, and nothing here needs a GPU."""
+
+from dyncc.kernels.generator.source import source
+from dyncc.kernels.generator.spec import KernelSpec
+
+__all__ = ["KernelSpec", "source"]
