@@ -204,8 +204,8 @@ class CacheNotServed(DynccUsageError, RuntimeError):
 
     template = "dyncc.KVCache({passes!r}) chooses keys by attention, {problem}"
     not_compiled: ClassVar[str] = (
-        'which is done in a model that dyncc compiled only; call model.compile(backend="dyncc"). Where that was called, this call needed one '
-        "more graph than torch._dynamo.config.recompile_limit allows: raise it"
+        'which is done in a model that dyncc compiled only; call model.compile(backend="dyncc"). Where that was called, this call '
+        "needed one more graph than torch._dynamo.config.recompile_limit allows: raise it"
     )
 
 
