@@ -79,7 +79,8 @@ def test_a_file_holds_its_pipeline_and_parity_and_passes_the_checker(decode_file
     model = onnx.load(written.path)
     onnx.checker.check_model(model)
     told = {entry.key: entry.value for entry in model.metadata_props}
-    assert told["dyncc.pipeline"].startswith("simplify-mask") and "parity" in " ".join(told) and torch.__version__ in told["dyncc.versions"]
+    assert told["dyncc.pipeline"].startswith("fuse-attention simplify-mask")
+    assert "parity" in " ".join(told) and torch.__version__ in told["dyncc.versions"]
     assert next(opset.version for opset in model.opset_import if opset.domain == "") >= 23
     names = [dim.dim_param for dim in model.graph.input[2].type.tensor_type.shape.dim]
     assert names[0] == "batch_size" and names[2] == "past_sequence_length"

@@ -7,10 +7,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from dyncc.kernels.fused_attention.truth import check, gated, seen
+from dyncc.kernels.fused_attention.truth import check, gated
 
 aten = torch.ops.aten
-LOGITS = 1 << 18
+LOGITS = 1 << 19
 """Logits that are held at once: they stay in the cores' caches."""
 LEAST_ROWS = 32
 
@@ -102,8 +102,9 @@ def _of_heads(x: Tensor, batch: int, heads: slice) -> Tensor:
 def _hide_later(logits: Tensor, rows: slice, some: slice, window: int) -> None:
     """Without a window only the keys among the rows themselves can be later ones."""
     start = some.start if window else min(rows.start, some.stop)
-    block = logits[..., start - some.start :]
-    block.masked_fill_(~seen(rows.stop, some.stop, window, logits.device)[rows.start :, start:], float("-inf"))
+    row, key = torch.arange(rows.start, rows.stop).unsqueeze(1), torch.arange(start, some.stop)
+    hidden = (key > row) | (key <= row - window) if window else key > row
+    logits[..., start - some.start :].masked_fill_(hidden, float("-inf"))
 
 
 def _weights(logits: Tensor, sink: Tensor | None, may_hide_all: bool) -> tuple[Tensor | None, Tensor]:
