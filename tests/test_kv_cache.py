@@ -200,7 +200,8 @@ def test_compiled_generation_is_two_graphs_that_dyncc_lowers(batch: int) -> None
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_inductor_steps_over_a_cache_that_was_filled_before(dynamic: bool | None) -> None:
     """With `dynamic`, Dynamo starts over when Inductor finds a float that must be fixed: one graph, one report, no fallback."""
     torch._dynamo.reset()

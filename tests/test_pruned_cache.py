@@ -126,6 +126,7 @@ def last(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Ten
     return out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "pads"), each(("promptdistill", 5)))
 def test_steps_after_a_pruned_prompt_equal_their_masked_form(name: str, pads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = deep(), conversation((LENGTH, *[1] * STEPS), pads)
@@ -233,6 +234,7 @@ def test_passes_that_do_not_go_together_are_told(passes: str, words: str) -> Non
         dyncc.KVCache(passes)
 
 
+@pytest.mark.full
 def test_prompts_that_cannot_be_pruned_are_told() -> None:
     ids = prompt(1, LENGTH)["input_ids"]
     with pytest.raises(CacheNotServed, match=r'compiled only; call model.compile\(backend="dyncc"\)'):

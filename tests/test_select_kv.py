@@ -350,6 +350,7 @@ def test_generation_with_a_cache_that_appends_in_place(budget: int) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 def test_it_exports_to_onnx_with_past(tmp_path: Path) -> None:
     made = optimized(step(40), "select-kv{budget=12 sinks=2 recents=2} drop-repeat-kv", STEP_SIZES)
     assert made.report.rewrites[0].applied

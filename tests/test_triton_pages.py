@@ -33,6 +33,7 @@ print("compared", count)
 """
 
 
+@pytest.mark.full
 def test_the_kernels_compute_their_truths_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", AGAINST_TRUTH], env=environment, capture_output=True, text=True, check=False)
