@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -167,3 +170,37 @@ def test_fewer_rows_of_a_window_get_their_mask(rows: slice) -> None:
     short = [n for n in current.graph.nodes if is_attention(n)][-1]
     assert shape(short)[2] == len(range(9)[rows]) and not argument(short, "window", 0)
     torch.testing.assert_close(current.module(*inputs)[0], model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+INTERPRETED = """
+import torch
+from dyncc.kernels.fused_attention import attend
+from dyncc.kernels.fused_attention.gpu import attend_by_kernel, takes
+torch.manual_seed(0)
+q, k, v = torch.randn(2, 21, 4, 24).transpose(1, 2), torch.randn(2, 2, 21, 24), torch.randn(2, 2, 21, 40)
+mask = torch.rand(2, 1, 21, 21) > 0.4
+mask[:, :, 7] = False
+sink, gate = torch.randn(1, 4, 1, 1), torch.randn(2, 4, 21, 1)
+for attn_mask, causal, more in (
+    (None, True, {"cap": 2.0, "window": 5, "sinks": sink, "gate": gate}),
+    (mask, False, {"gate": gate, "activation": "silu", "scale": 0.3}),
+    (torch.randn(21, 21), False, {"sinks": torch.randn(1), "gate": gate, "activation": "none"}),
+):
+    assert takes(q, k, v, attn_mask, more.get("sinks"), gate)
+    got = attend_by_kernel(q, k, v, attn_mask, 0.0, causal, enable_gqa=True, **more)
+    torch.testing.assert_close(got, attend(q, k, v, attn_mask, 0.0, causal, **more), rtol=2e-5, atol=2e-5)
+    assert got.transpose(1, 2).is_contiguous()
+sinks_of_rows = torch.randn(1, 1, 21, 1)
+assert not takes(q, k, v, None, sinks_of_rows, None) and not takes(q.double(), k.double(), v.double(), None, None, None)
+torch.testing.assert_close(attend_by_kernel(q, k, v, sinks=sinks_of_rows), attend(q, k, v, sinks=sinks_of_rows))
+print("compared")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
+def test_on_a_gpu_a_generated_kernel_computes_it() -> None:
+    """In Triton's interpreter, which has to be asked for before Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "compared"

@@ -1,4 +1,5 @@
-"""The op `dyncc::attend`: SDPA's arguments and more. Its meaning is its truth; on a CPU it runs a few rows at a time."""
+"""The op `dyncc::attend`: SDPA's arguments and more. Its meaning is its truth; on a CPU it runs a few rows at a time, on a GPU as a
+generated Triton kernel."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.fused_attention.cpu import attend_by_rows
+from dyncc.kernels.fused_attention.gpu import attend_by_kernel
 from dyncc.kernels.fused_attention.truth import attend
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
@@ -19,6 +21,7 @@ _library.define(
 )
 _library.impl("attend", attend, "CompositeExplicitAutograd")
 _library.impl("attend", attend_by_rows, "CPU")
+_library.impl("attend", attend_by_kernel, "CUDA")
 
 
 @torch.library.register_fake("dyncc::attend")

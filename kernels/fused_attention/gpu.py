@@ -1,0 +1,59 @@
+"""`attend` on a GPU: a Triton kernel generated for what the call asks; what no kernel is generated for goes to the truth."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from dyncc.kernels.fused_attention.truth import attend, check, gated
+from dyncc.kernels.generator import KernelSpec
+from dyncc.kernels.generator.spec import DTYPES, WIDEST
+
+TRITON = importlib.util.find_spec("triton") is not None
+EPILOGUES = {"sigmoid": "gate-sigmoid", "silu": "gate-silu"}
+
+
+def attend_by_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    sinks: Tensor | None = None,
+    cap: float = 0.0,
+    window: int = 0,
+    gate: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor:
+    """What truth.attend computes."""
+    check(query, key, dropout_p, is_causal, window, activation)
+    if not takes(query, key, value, attn_mask, sinks, gate):
+        more = {"sinks": sinks, "cap": cap, "window": window, "gate": gate, "activation": activation}
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more)  # type: ignore[arg-type]
+    from dyncc.kernels.generator.run import run
+
+    mask = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "added"
+    fused = (EPILOGUES[activation],) if gate is not None and activation in EPILOGUES else ()
+    spec = KernelSpec(
+        query.shape[3], str(query.dtype).removeprefix("torch."), value.shape[3], is_causal, window, cap, mask, sinks is not None, fused
+    )
+    out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
+    each = None if sinks is None else sinks.reshape(-1).expand(query.shape[1]).contiguous()
+    run(spec, query, key, value, attn_mask, each, scale, out, **({"gate": gate} if fused else {}))
+    return out if fused else gated(out, gate, activation)
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, gate: Tensor | None) -> bool:
+    """Whether a kernel is generated for such tensors: types and widths that it takes, a sink for each head, and Triton at hand."""
+    if not TRITON or str(query.dtype).removeprefix("torch.") not in DTYPES:
+        return False
+    given = [x for x in (key, value, sinks, gate, mask) if x is not None and x.dtype != torch.bool]
+    heads = sinks is None or sinks.numel() == 1 or (sinks.dim() > 2 and sinks.shape[-3] == sinks.numel() == query.shape[1])
+    filled = query.numel() > 0 and key.numel() > 0 and value.numel() > 0
+    return heads and filled and max(query.shape[3], value.shape[3]) <= WIDEST and all(x.dtype == query.dtype for x in given)
