@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from dyncc.ir import Program, emit
-from dyncc.kernels import fused_attention, one_row
+from dyncc.kernels import fused_attention, gated_linear_attention, one_row
 
-TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS}
+TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS, **gated_linear_attention.TRUTHS}
 """The truth of every op of dyncc's own that passes emit."""
 
 
