@@ -11,13 +11,15 @@ from torch import fx
 from dyncc.backends.native import with_native_kernels
 from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.backends.size_symbols import define_sizes
-from dyncc.ir import Program
+from dyncc.ir import Program, is_symbolic, operands, shape
+from dyncc.kernels.gated_linear_attention import TRUTHS as COMPILED
+from dyncc.own_ops import spelled_out
 
 
 def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
     """Compile a program; door 1 programs must be lowered before the backend returns (later, lengths would be specialised)."""
     lowered, notes = with_native_kernels(program)
-    safe = spelled_safely(lowered)
+    safe = spelled_safely(lowered if any(_grows(n) for n in lowered.graph.nodes) else spelled_out(lowered, COMPILED))
     if program.door == 1:
         define_sizes(safe.module.graph)
         run = compile_graph(safe.module, inputs)
@@ -25,6 +27,11 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
         run = torch.compile(safe.module, backend="inductor", dynamic=dynamic, fullgraph=True)
     run.notes = notes
     return run
+
+
+def _grows(node: fx.Node) -> bool:
+    """Whether Inductor would have to compile such an op for all sizes, which takes minutes: its own kernel runs there."""
+    return node.target in COMPILED and any(is_symbolic(size) for size in shape(operands(node)[0]))
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -2,9 +2,9 @@
 
     python benchmarks/linear_attention.py --tokens 2048 4096 --pairs 10 --write
 
-`step` is a compiled block of 32 tokens that is called until all are done (a whole prompt unrolled does not compile). `dense` has one decay
-a token and head, the easier case: with one a channel it would hold tokens x tokens x width numbers a head. `op` is the op as passes emit it,
-`chunk` its truth compiled.
+`step` is a compiled block of 32 tokens that is called until all are done (a whole prompt unrolled does not compile). `dense` has one
+decay a token and head, the easier case: with one a channel it would hold tokens x tokens x width numbers a head. `chunk` is
+the op's truth compiled, which the Inductor engine runs at fixed sizes; `op` is the op's own kernel, which runs where sizes vary.
 """
 
 from __future__ import annotations
