@@ -178,3 +178,14 @@ def test_it_is_offered_to_users_with_evidence() -> None:
     made = dyncc.optimize(Model(), given(), passes="fuse-linear-attention", engine="reference", evidence="numeric")
     assert relative_error(decayed(*given()), made(*given())) < 1e-5
     assert [r.name for r in made.report.rewrites if r.applied] == ["fuse-linear-attention"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_computes_it_at_fixed_and_at_varying_sizes(dynamic: bool) -> None:
+    fast = torch.compile(decayed_then_tril, backend="dyncc", options={"passes": "fuse-linear-attention"}, dynamic=dynamic)
+    for tokens in (70, 200, 130) if dynamic else (70,):
+        q, k, v, a = *torch.randn(3, B, H, tokens, D), -torch.rand(B, H, tokens)
+        with torch.no_grad():
+            assert relative_error(decayed_then_tril(q, k, v, a), fast(q, k, v, a)) < 1e-5
+    assert any("gated_linear_attention" in str(report) for report in dyncc.reports())
