@@ -11,13 +11,19 @@ from torch import fx
 from dyncc.backends.native import with_native_kernels
 from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.backends.size_symbols import define_sizes
-from dyncc.ir import Program
+from dyncc.ir import Program, is_symbolic, operands, shape
+from dyncc.kernels.gated_linear_attention import TRUTHS as COMPILED
+from dyncc.kernels.gated_linear_attention.op import SHORT
+from dyncc.own_ops import spelled_out
+
+LONGEST = 16384
+"""Tokens up to which the chunks of gated linear attention are compiled."""
 
 
 def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
     """Compile a program; door 1 programs must be lowered before the backend returns (later, lengths would be specialised)."""
     lowered, notes = with_native_kernels(program)
-    safe = spelled_safely(lowered)
+    safe = spelled_safely(lowered if any(_by_its_kernel(n) for n in lowered.graph.nodes) else spelled_out(lowered, COMPILED))
     if program.door == 1:
         define_sizes(safe.module.graph)
         run = compile_graph(safe.module, inputs)
@@ -25,6 +31,15 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
         run = torch.compile(safe.module, backend="inductor", dynamic=dynamic, fullgraph=True)
     run.notes = notes
     return run
+
+
+def _by_its_kernel(node: fx.Node) -> bool:
+    """Whether such an op stays as it is: Inductor takes minutes to compile its truth for all sizes, a few tokens do not fill a chunk, and
+    the truth's memory grows with the square of the chunks, which the kernel's does not."""
+    if node.target not in COMPILED:
+        return False
+    tokens = shape(operands(node)[0])[2]
+    return any(is_symbolic(size) for size in shape(operands(node)[0])) or not SHORT < tokens <= LONGEST
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

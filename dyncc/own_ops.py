@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from dyncc.ir import Program, emit
-from dyncc.kernels import fused_attention, one_row
+from torch import fx
 
-TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS}
+from dyncc.ir import Program, emit
+from dyncc.kernels import fused_attention, gated_linear_attention, one_row
+
+TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS, **gated_linear_attention.TRUTHS}
 """The truth of every op of dyncc's own that passes emit."""
 
 
-def spelled_out(program: Program) -> Program:
-    """The program itself, or a copy in which every op that has a truth is that truth."""
-    if not any(n.target in TRUTHS for n in program.graph.nodes):
+def spelled_out(program: Program, truths: Mapping[Any, Callable[..., Any]] = TRUTHS) -> Program:
+    """The program itself, or a copy in which every op that has a truth among `truths` is that truth."""
+    if not any(n.target in truths for n in program.graph.nodes):
         return program
     spelled = program.copy()
-    for node in [n for n in spelled.graph.nodes if n.target in TRUTHS]:
-        new = emit(node, partial(_called, TRUTHS[node.target], tuple(node.kwargs)), *node.args, *node.kwargs.values())
-        new.meta = {**node.meta, "val": new.meta["val"]}
-        node.replace_all_uses_with(new)
-        spelled.graph.erase_node(node)
+    for node in [n for n in spelled.graph.nodes if n.target in truths]:
+        new = emit(node, partial(_called, truths[node.target], tuple(node.kwargs)), *node.args, *node.kwargs.values())
+        _replace(node, new)
     spelled.graph.lint()
     spelled.module.recompile()
     return spelled
+
+
+def _replace(node: fx.Node, new: Any) -> None:
+    """Put a truth's result in place of an op's: where it is several tensors, in place of each that is taken."""
+    taken = [(n, new[n.args[1]]) for n in list(node.users)] if isinstance(new, (tuple, list)) else [(node, new)]
+    for old, made in taken:
+        if made.op != "placeholder":
+            made.meta = {**old.meta, "val": made.meta["val"]}
+        old.replace_all_uses_with(made)
+        old.graph.erase_node(old)
+    if node not in [old for old, _ in taken]:
+        node.graph.erase_node(node)
 
 
 def _called(truth: Callable[..., Any], names: tuple[str, ...], *values: Any) -> Any:

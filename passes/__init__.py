@@ -6,6 +6,7 @@ import importlib
 
 PASSES: tuple[tuple[str, str], ...] = (
     ("fuse-attention", "fuse_attention:FuseAttention"),
+    ("fuse-linear-attention", "fuse_linear_attention:FuseLinearAttention"),
     ("simplify-mask", "simplify_mask:SimplifyMask"),
     ("slice-last-token", "slice_last_token:SliceLastToken"),
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),

@@ -1,0 +1,191 @@
+"""fuse-linear-attention: causal linear attention that is spelled out becomes one node; what is none stays, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graphs import node, program
+from torch.nn import functional as F
+
+import dyncc
+from dyncc.evidence import relative_error
+from dyncc.flops import count_flops
+from dyncc.ir import op_name
+from dyncc.own_ops import spelled_out
+from dyncc.passes.fuse_linear_attention import FuseLinearAttention
+from dyncc.rewrite import Applied, Context, apply_pass, fingerprint
+
+B, H, T, D = 2, 3, 70, 8
+
+
+def given() -> list[torch.Tensor]:
+    """Queries, keys, values, and log decays [B, H, T]."""
+    torch.manual_seed(0)
+    return [*torch.randn(3, B, H, T, D), -torch.rand(B, H, T)]
+
+
+def by_tril(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return torch.tril(q @ k.transpose(2, 3) * D**-0.5) @ v
+
+
+def by_mask_of_ones(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """Behind a feature map, and einsums for products."""
+    weights = torch.einsum("bhid,bhjd->bhij", F.elu(q) + 1, F.elu(k) + 1)
+    return torch.einsum("bhij,bhjd->bhid", weights * torch.tril(torch.ones(T, T)), v)
+
+
+def by_fill(q: Any, k: Any, v: Any, a: Any) -> Any:
+    later = torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1)
+    return (q @ k.mT).masked_fill(later[None, None], 0.0) @ v
+
+
+def by_positions(q: Any, k: Any, v: Any, a: Any) -> Any:
+    at = torch.arange(T)
+    return torch.where(at[None, :] <= at[:, None], q @ k.mT / 4, 0.0) @ v
+
+
+def decayed(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """Running sums subtracted, hidden with -inf before exp."""
+    since = a.cumsum(-1)
+    seen = torch.tril(torch.ones(T, T, dtype=torch.bool))
+    kept = (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(~seen, float("-inf")).exp()
+    return (q @ k.transpose(-1, -2) * kept) @ v
+
+
+def decayed_then_tril(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = torch.cumsum(a, dim=2)[..., None]
+    return ((q * D**-0.5) @ k.mT * torch.exp(since - since.transpose(2, 3)).tril()) @ v
+
+
+def heads_merged(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = a.flatten(0, 1).cumsum(-1)
+    kept = (since.unsqueeze(2) - since.unsqueeze(1)).exp()
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    return (torch.bmm(q, k.transpose(1, 2)) * kept).tril().bmm(v)
+
+
+def shared_by_the_batch(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = a[0].cumsum(-1)
+    return ((q @ k.mT) * (since.unsqueeze(-1) - since.unsqueeze(-2)).exp().tril()[None]) @ v
+
+
+FUSED = (by_tril, by_mask_of_ones, by_fill, by_positions, decayed, decayed_then_tril, heads_merged, shared_by_the_batch)
+
+
+def softmaxed(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+def all_seen(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return (q @ k.mT * 0.5) @ v
+
+
+def two_later(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return torch.tril(q @ k.mT, diagonal=2) @ v
+
+
+def squared(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return torch.relu(q @ k.mT).tril() @ v
+
+
+def read(q: Any, k: Any, v: Any, a: Any) -> Any:
+    weights = (q @ k.mT).tril()
+    return weights @ v, weights.sum(-1)
+
+
+def two_sums(q: Any, k: Any, v: Any, a: Any) -> Any:
+    one, other = a.cumsum(-1), (a * 2).cumsum(-1)
+    return ((q @ k.mT) * (one.unsqueeze(-1) - other.unsqueeze(-2)).exp().tril()) @ v
+
+
+def backwards(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = a.cumsum(-1)
+    return ((q @ k.mT) * (since.unsqueeze(-2) - since.unsqueeze(-1)).exp().tril()) @ v
+
+
+def of_the_batch(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = a[:, 0].cumsum(-1)
+    return ((q @ k.mT) * (since.unsqueeze(-1) - since.unsqueeze(-2)).exp().tril().unsqueeze(1)) @ v
+
+
+def normalised(q: Any, k: Any, v: Any, a: Any) -> Any:
+    weights = (q @ k.mT).tril()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def filled_with_more(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return (q @ k.mT).masked_fill(torch.ones(T, T).triu(1) == 1, 1.0) @ v
+
+
+def by_an_input(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return ((q @ k.mT) * a[..., None]).tril() @ v
+
+
+def by_a_mask_of_one(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """It is broadcast, and so hides nothing."""
+    return (q @ k.mT * torch.ones(1, 1).tril()) @ v
+
+
+KEPT = (
+    (by_a_mask_of_one, "multiplies its weights"),
+    (softmaxed, "without a softmax"),
+    (all_seen, "hide no later tokens"),
+    (two_later, "diagonals up to 2"),
+    (squared, "relu stands between its products"),
+    (read, "read elsewhere too"),
+    (two_sums, "no differences of one running sum"),
+    (backwards, "no differences of one running sum"),
+    (of_the_batch, "unsqueeze multiplies its weights"),
+    (normalised, "divided by a tensor"),
+    (filled_with_more, "fills in something else than 0"),
+    (by_an_input, "multiplies its weights"),
+)
+
+
+def fused(function: Callable[..., Any]) -> tuple[Any, Applied]:
+    captured = program(function, *given())
+    return captured, apply_pass(captured, FuseLinearAttention(), Context())
+
+
+@pytest.mark.parametrize("function", FUSED)
+def test_however_it_is_written_it_becomes_one_node(function: Any) -> None:
+    _, applied = fused(function)
+    assert applied.applied and applied.modified, applied.reason
+    assert (applied.result.found, applied.result.expected) == (1, 1)
+    assert node(applied.program, "gated_linear_attention") is not None
+    assert count_flops(applied.program.graph) == 4 * B * H * T * D * D
+    values, want = given(), function(*(x.double() for x in given())).float()
+    for made in (applied.program, spelled_out(applied.program)):
+        assert not any(op_name(n) == "gated_linear_attention" for n in made.graph.nodes) or made is applied.program
+        assert relative_error(want, made.module(*values)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(("function", "reason"), KEPT)
+def test_what_is_none_stays_with_the_reason(function: Any, reason: str) -> None:
+    captured, applied = fused(function)
+    assert not applied.applied and reason in applied.reason, applied.reason
+    assert fingerprint(applied.program.graph) == fingerprint(captured.graph)
+
+
+def test_it_is_offered_to_users_with_evidence() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Any, k: Any, v: Any, a: Any) -> Any:
+            return decayed(q, k, v, a)
+
+    made = dyncc.optimize(Model(), given(), passes="fuse-linear-attention", engine="reference", evidence="numeric")
+    assert relative_error(decayed(*given()), made(*given())) < 1e-5
+    assert [r.name for r in made.report.rewrites if r.applied] == ["fuse-linear-attention"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_computes_it_at_fixed_and_at_varying_sizes(dynamic: bool) -> None:
+    fast = torch.compile(decayed_then_tril, backend="dyncc", options={"passes": "fuse-linear-attention"}, dynamic=dynamic)
+    for tokens in (70, 200, 130) if dynamic else (70,):
+        q, k, v, a = *torch.randn(3, B, H, tokens, D), -torch.rand(B, H, tokens)
+        with torch.no_grad():
+            assert relative_error(decayed_then_tril(q, k, v, a), fast(q, k, v, a)) < 1e-5
+    assert any("gated_linear_attention" in str(report) for report in dyncc.reports())
