@@ -6,11 +6,11 @@ import importlib
 
 PASSES: tuple[tuple[str, str], ...] = (
     ("fuse-attention", "fuse_attention:FuseAttention"),
-    ("fuse-linear-attention", "fuse_linear_attention:FuseLinearAttention"),
     ("simplify-mask", "simplify_mask:SimplifyMask"),
     ("slice-last-token", "slice_last_token:SliceLastToken"),
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
     ("fuse-gated-attention", "fuse_gated_attention:FuseGatedAttention"),
+    ("fuse-linear-attention", "fuse_linear_attention:FuseLinearAttention"),
     ("prune-tokens", "prune_tokens:PruneTokens"),
     ("select-kv", "select_kv:SelectKV"),
     ("evict-kv", "evict_kv:EvictKV"),
