@@ -170,7 +170,8 @@ def test_generation_holds_the_budget(recipe: str) -> None:
 QUEST = "quest{budget=16 page=4 dense=0}"
 
 
-@pytest.mark.parametrize("passes", [pytest.param(QUEST, marks=pytest.mark.full), "snapkv{budget=24 window=4 recents=4} " + QUEST])
+@pytest.mark.full
+@pytest.mark.parametrize("passes", [QUEST, "snapkv{budget=24 window=4 recents=4} " + QUEST])
 def test_steps_that_select_read_the_bounds_that_the_cache_keeps(passes: str) -> None:
     model, given = tiny_llama(), prompt(2, 60, pads=3)
     before = len(dyncc.reports())

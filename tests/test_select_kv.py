@@ -184,9 +184,10 @@ def close(a: Any, b: Any) -> None:
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-PAGES = [*(pytest.param(*case, marks=pytest.mark.full) for case in ((1, 2, 2), (4, 0, 1))), (4, 3, 6)]
+PAGES = [(1, 2, 2), (4, 0, 1), (4, 3, 6)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("page", "sinks", "recents"), PAGES)
 def test_pages_equal_their_masked_form(page: int, sinks: int, recents: int, monkeypatch: pytest.MonkeyPatch) -> None:
     call, passed = step(24), SelectKV(budget=16, score="bound", share="head", page=page, sinks=sinks, recents=recents)
@@ -331,7 +332,7 @@ def test_options_that_do_not_fit_are_told(text: str, words: str) -> None:
         dyncc.optimize(Decode(decoder()), step(9), passes=f"select-kv{{{text}}}")
 
 
-@pytest.mark.parametrize("budget", [512, 24])
+@pytest.mark.parametrize("budget", [pytest.param(512, marks=pytest.mark.full), 24])
 def test_generation_with_a_cache_that_appends_in_place(budget: int) -> None:
     torch._dynamo.reset()
     model, given = tiny_llama(), prompt(2, 30, pads=2)

@@ -39,7 +39,11 @@ def _with_mask(cases: list[Any]) -> list[Any]:
 
 def _dynamic() -> list[Any]:
     models = [by_name(name) for name in ("bert", "vit", "clip-text", "llama-last", "t5-encoder", "gpt2-classifier")]
-    return [pytest.param(model, model.able[0], id=model.name, marks=skipped(model, model.able[0], dynamic=True)) for model in models]
+    marks = [[] if model.name in ("bert", "vit", "llama-last") else [pytest.mark.full] for model in models]
+    return [
+        pytest.param(model, model.able[0], id=model.name, marks=[*more, *skipped(model, model.able[0], dynamic=True)])
+        for model, more in zip(models, marks, strict=True)
+    ]
 
 
 def _check(model: ZooModel, attn: str, score: str, padding: bool = False) -> None:
