@@ -30,7 +30,7 @@ def values(batch: int, heads: int, groups: int, rows: int, keys: int, width: int
     return [torch.randn(batch, t, h, d).transpose(1, 2).to(dtype) for h, t, d in sizes]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_rows_at_a_time_compute_the_truth(data: st.DataObject) -> None:
     draw = data.draw
@@ -85,6 +85,13 @@ def test_a_row_that_sees_nothing_gives_zeros(kernel: Any) -> None:
     for more in ({}, {"cap": 3.0}, {"sinks": torch.zeros(1, 2, 1, 1)}):
         out = kernel(q, k, v, mask, **more)
         assert not out[:, :, 2].any() and out.isfinite().all() and out[:, :, 1].any()
+
+
+@pytest.mark.parametrize("kernel", [attend, cpu.attend_by_rows])
+def test_a_window_behind_all_keys_gives_zeros(kernel: Any) -> None:
+    q, k, v = values(1, 2, 2, 7, 3, 8, 8, torch.float32)
+    out = kernel(q, k, v, None, 0.0, True, window=2)
+    assert out.isfinite().all() and out[:, :, :4].ne(0).all() and not out[:, :, 4:].any()
 
 
 @pytest.mark.parametrize("kernel", [attend, cpu.attend_by_rows])

@@ -71,6 +71,7 @@ def _by_rows(
     times, keys = q.shape[1] // k.shape[1], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v, q = k.to(wide).transpose(2, 3), v.to(wide), q.to(wide) * (scale / cap if cap else scale)
+    blind = window > 0 and q.shape[2] - window >= keys  # the last rows' windows lie behind all keys
     step = max(LEAST_ROWS // times, LOGITS // max(1, times * keys), 1)
     for batch, group in itertools.product(range(q.shape[0]), range(k.shape[1])):
         heads = slice(group * times, (group + 1) * times)
@@ -87,7 +88,7 @@ def _by_rows(
             if told is not None:
                 part = _part(told, rows, some)
                 logits = logits.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else logits.add_(part)
-            mass, logits = _weights(logits, None if sink is None else _part(sink, rows, slice(0, 1)), told is not None)
+            mass, logits = _weights(logits, None if sink is None else _part(sink, rows, slice(0, 1)), told is not None or blind)
             weighted = (logits.view(block.shape[0], -1) @ v[batch, group, some]).view(times, -1, v.shape[3])
             out[batch, heads, rows] = weighted if mass is None else weighted.div_(mass)
 
