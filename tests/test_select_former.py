@@ -144,7 +144,8 @@ def talk(prompt_length: int = 40, count: int = 12) -> list[tuple[Tensor, Tensor]
     return [(ids.contiguous(), mask.contiguous()) for ids, mask in given]  # strides that change are other graphs
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "tokenselect" else [pytest.mark.full]) for c in CASES])
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES)
 def test_steps_equal_their_masked_form(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = talk()
     expected, form = masked_steps(CASES[case], calls, monkeypatch)
