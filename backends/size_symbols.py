@@ -18,11 +18,11 @@ from torch.utils._sympy.solve import try_solve
 
 def define_sizes(graph: fx.Graph) -> None:
     """Let inputs stand for the symbols tied to them (s1 = s10, where s10 = s1 was noted), in the graph's shape environment."""
-    inputs = [size for n in graph.find_nodes(op="placeholder") for size in _sizes(n)]
-    known = {_read_off(n, size) for n in graph.find_nodes(op="placeholder") for size in _sizes(n)}
+    inputs = [(n, size) for n in graph.find_nodes(op="placeholder") for size in _sizes(n)]
+    known = {_read_off(n, size) for n, size in inputs}
     used = {symbol for n in graph.nodes for size in _sizes(n) for symbol in size.node.expr.free_symbols}
     for missing in sorted(used - known, key=str):
-        for size in inputs:
+        for _, size in inputs:
             own, tied = size.node._expr, size.node.expr
             if own.is_Symbol and tied.free_symbols == {missing} and _turn_around(size.node.shape_env, own, tied, missing):
                 break

@@ -284,6 +284,10 @@ def cap_behind_mask(q: Any, k: Any, v: Any) -> Any:
     return torch.softmax(torch.tanh(logits) * 50, -1) @ v
 
 
+def number_before_sinks(q: Any, k: Any, v: Any) -> Any:
+    return torch.softmax(torch.cat([q @ k.transpose(2, 3) + 2.0, torch.ones(B, H, q.shape[2], 1)], -1), -1)[..., :-1] @ v
+
+
 def both_sides(q: Any, k: Any, v: Any) -> Any:
     logits = q @ k.transpose(2, 3)
     return torch.softmax(logits * logits, -1) @ v
@@ -298,6 +302,15 @@ REFUSED: dict[str, tuple[Attend, str]] = {
         "logits are replaced by -5.0, which does not hide a key for certain",
     ),
     "cap behind a mask": (cap_behind_mask, "tanh stands behind a mask"),
+    "cap behind a number": (
+        lambda q, k, v: torch.softmax(torch.tanh(q @ k.transpose(2, 3) + 3.0) * 5.0, -1) @ v,
+        "tanh stands behind a mask or a sum",
+    ),
+    "cap behind a sum for each row": (
+        lambda q, k, v: torch.softmax(torch.tanh(q @ k.transpose(2, 3) + q[..., :1]) * 5.0, -1) @ v,
+        "tanh stands behind a mask or a sum",
+    ),
+    "a number that sinks do not get": (number_before_sinks, "something is added to the logits of keys, and not to the sinks"),
     "weights scaled": (lambda q, k, v: (torch.softmax(q @ k.transpose(2, 3), -1) * 0.5) @ v, "mul reads the weights behind the softmax"),
     "dropout": (lambda q, k, v: F.dropout(torch.softmax(q @ k.transpose(2, 3), -1), 0.5, training=True) @ v, "dropout is active"),
     "a scale of each key": (

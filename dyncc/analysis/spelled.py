@@ -46,7 +46,8 @@ class Mask:
 
 @dataclass
 class Spelled:
-    """One attention. `kt` is [..., D, Tk], as the product takes it; `inside` are the nodes that nobody else reads."""
+    """One attention. `kt` is [..., D, Tk], as the product takes it; `inside` are the nodes that nobody else reads. `shifted`: something
+    that is the same for all keys was added, which a softmax over keys alone does not see."""
 
     softmax: fx.Node
     product: fx.Node | None = None
@@ -57,6 +58,7 @@ class Spelled:
     cap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
     sinks: fx.Node | None = None
+    shifted: bool = False
     inside: set[fx.Node] = field(default_factory=set)
 
     @property
@@ -142,8 +144,8 @@ def _step(found: Spelled, node: fx.Node, inner: fx.Node) -> None:
     elif name in SUM:
         _plus(found, node, inner)
     elif name == "tanh":
-        if found.masks or found.cap:
-            raise NotRead("tanh stands behind a mask")
+        if found.masks or found.cap or found.shifted:
+            raise NotRead("tanh stands behind a mask or a sum")
         found.cap = 1.0
     elif name == "cat":
         _sink(found, node, inner)
@@ -192,10 +194,12 @@ def _plus(found: Spelled, node: fx.Node, inner: fx.Node) -> None:
     if other is inner or number(other) is not None:
         if other is inner:
             raise NotRead("the logits are added to themselves")
-        return  # the same for all keys: softmax does not see it
+        found.shifted = True
+        return
     assert isinstance(other, fx.Node)
     if not shape(other) or (same_size(shape(other)[-1], 1) and not same_size(shape(node)[-1], 1)):
         found.inside |= _reducers(other, inner)
+        found.shifted = True
         return
     if found.sinks is not None:
         raise NotRead("something is added to keys and sinks alike")
@@ -227,6 +231,8 @@ def _fill(found: Spelled, node: fx.Node, inner: fx.Node) -> None:
 def _sink(found: Spelled, node: fx.Node, inner: fx.Node) -> None:
     pieces = node.args[0]
     rank = len(shape(node))
+    if found.shifted:
+        raise NotRead("something is added to the logits of keys, and not to the sinks")
     if not isinstance(pieces, (list, tuple)) or len(pieces) != 2 or pieces[0] is not inner or found.sinks is not None:
         raise NotRead("logits are joined with something that is no sink")
     if argument(node, "dim", 0) not in (-1, rank - 1) or not same_size(shape(pieces[1])[-1], 1):  # type: ignore[arg-type]
