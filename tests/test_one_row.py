@@ -150,7 +150,7 @@ def test_rows_of_the_batch_that_need_no_scores_get_none(heads: int, groups: int)
     k[1, :, 5] = torch.nan  # which has no say where its row is skipped
     low, high = page_bounds(k, 4)
     for skip, share in itertools.product(([False, True], [True, True]), ("head", "layer")):
-        flags = torch.tensor(skip)
+        flags = torch.tensor([[s, not s] for s in skip])[:, 0]  # which lie apart
         for op, args in ((SCORE_KEYS, (q, k, None, "vote", share, None, flags)), (SCORE_PAGES, (q, low, high, share, flags))):
             found = op(*args)
             torch.testing.assert_close(found, TRUTHS[op](*args), rtol=1e-4, atol=1e-5)

@@ -66,10 +66,11 @@ def score_keys(
     batch, heads, _, width = q.shape
     q, k = q.contiguous(), _dense(k)
     seen, step = _visible(visible, batch)
+    skip = None if skip is None else skip.contiguous()  # named, so that it lives as long as the call
     out = torch.empty((batch, choices, k.shape[2]))
     _kernel("score_keys", q.dtype, width, width, rows_together(heads, k.shape[1]))(
         _at(q), _at(k), _at(out), _at(seen), _sizes(q, k), _steps(k), _n(step), _n(choices), _n(int(vote)),
-        ctypes.c_float(width**-0.5 if scale is None else scale), _at(None if skip is None else skip.contiguous()),
+        ctypes.c_float(width**-0.5 if scale is None else scale), _at(skip),
     )  # fmt: skip
     return out
 
@@ -77,10 +78,10 @@ def score_keys(
 def score_pages(q: Tensor, low: Tensor, high: Tensor, choices: int, skip: Tensor | None = None) -> Tensor:
     """[B, choices, pages] float32 from bounds [B, G, pages, D]; 0 where `skip` [B]."""
     q, low, high = q.contiguous(), _dense(low), _dense(high)
+    skip = None if skip is None else skip.contiguous()
     out = torch.empty((q.shape[0], choices, low.shape[2]))
     kernel = _kernel("score_pages", q.dtype, q.shape[3], q.shape[3], rows_together(q.shape[1], low.shape[1]))
-    flags = _at(None if skip is None else skip.contiguous())
-    kernel(_at(q), _at(low), _at(high), _at(out), _sizes(q, low), _steps(low), _steps(high), _n(choices), flags)
+    kernel(_at(q), _at(low), _at(high), _at(out), _sizes(q, low), _steps(low), _steps(high), _n(choices), _at(skip))
     return out
 
 
