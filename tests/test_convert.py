@@ -152,7 +152,7 @@ def test_sizes_that_cannot_vary(run: Any) -> None:
     assert "sizes stay" not in err
 
 
-@pytest.mark.parametrize("name", ["model.pt2", "model"])
+@pytest.mark.parametrize("name", [pytest.param("model.pt2", marks=pytest.mark.full), "model"])
 def test_a_mismatch_leaves_nothing(run: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(convert, "_compare", lambda *given: (0.5, "output 0 differs"))
     code, out, err = run(MODEL, "-o", name)

@@ -376,7 +376,8 @@ def prefilled(attention: str = "sdpa", passes: str = "snapkv{budget=12 window=4 
     return dyncc.optimize(module, call, passes=passes, engine="reference", dynamic_shapes=sizes), module, call
 
 
-@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prompts_returned_keys_are_those_kept(attention: str) -> None:
     made, plain, call = prefilled(attention)
     rewrite = made.report.rewrites[0]

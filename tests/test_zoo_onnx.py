@@ -13,7 +13,7 @@ TOLERANCE = 1e-4
 PRUNED_EXPORTS_THAT_MUST_HOLD = 16
 
 
-@pytest.mark.parametrize("passes", ["", zoo_onnx.PRUNE], ids=["dense", "pruned"])
+@pytest.mark.parametrize("passes", [pytest.param("", id="dense", marks=pytest.mark.full), pytest.param(zoo_onnx.PRUNE, id="pruned")])
 @pytest.mark.parametrize("name", NAMES)
 def test_exports_hold_at_every_point(name: str, passes: str) -> None:
     then = next(row for row in table.checked_in() if row["model"] == name)["pruned" if passes else "dense"]
