@@ -17,11 +17,11 @@ from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.facts import Facts, analyse
+from dyncc.analysis.mask_values import CARRY, CAUSAL, Abstract, evaluate
 from dyncc.backends.rotary import Rotary, find_rotary
 from dyncc.ir import Program, argument, aten, drop_dead, emit, is_tensor, op_name, same_size, shape, val
 from dyncc.kernels.group_query_attention import OP
 from dyncc.passes.drop_repeat_kv import repeated
-from dyncc.passes.simplify_mask import CARRY, CAUSAL, Abstract, evaluate
 
 MERGES = ("reshape", "view", "flatten")
 

@@ -1,16 +1,18 @@
 """fuse-attention: attention that is spelled out becomes one node.
 
-softmax(cap tanh(scale q k' / cap) + mask) v, written as products, scaling, masks and a softmax, is SDPA where there is no soft cap and no
-sink, and `dyncc::attend` where there is: both work without a matrix of rows x keys. How it was written does not matter (matmul, bmm or
-einsum, scale before or after, masks added or filled in, softmax in fp32, a maximum subtracted, heads merged with the batch, keys repeated).
-Exact up to rounding, with one exception: a row whose logits are all -inf gives NaN when written out and zeros when fused. Weights that
-somebody reads are not fused away.
+softmax(cap tanh(scale q k' / cap) + mask) v, written as products, scaling, masks and a softmax, is SDPA; it is `dyncc::attend` where
+there is a soft cap or a sink, where slopes times distances are added (ALiBi), or where a long window or prefix mask counts keys. Both work
+without a matrix of rows x keys. How it was written does not matter (matmul, bmm or einsum, scale before or after, masks added or filled
+in, softmax in fp32 or exponentials over their sum, a maximum subtracted, heads merged with the batch, keys repeated). Exact up to
+rounding, with two exceptions: a row whose logits are all -inf, and exponentials that overflow, give NaN when written out, and zeros and
+the result when fused. Weights that somebody reads are not fused away.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,12 +20,18 @@ import torch
 from torch import Tensor, fx
 
 from dyncc.analysis.facts import Facts
+from dyncc.analysis.mask_values import evaluate
+from dyncc.analysis.slopes import read_slopes
 from dyncc.analysis.spelled import Mask, NotRead, Spelled, read, softmaxes
+from dyncc.analysis.spelled_softmax import as_softmax, written_softmaxes
 from dyncc.ir import aten, emit, is_mutating, op_name, operands, same_size, shape, val
 from dyncc.kernels.fused_attention import ATTEND
+from dyncc.passes.simplify_mask import edge_of
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
+LONG = 1024
+"""Tokens from which on a window or prefix is counted instead of being handed to SDPA as a mask."""
 LAID_OUT = {"transpose", "permute", "unsqueeze", "squeeze", "view", "reshape", "slice", "select"}
 
 
@@ -38,19 +46,20 @@ class FuseAttention(Pass):
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Rewrite every attention that can be read; refuse when there is none."""
-        found = softmaxes(program.graph)
-        if not found:
+        whole, written = softmaxes(program.graph), written_softmaxes(program.graph)
+        if not whole and not written:
             raise Refusal("no softmax in the graph: its attention is fused already")
         done, misses = 0, []
-        for softmax in found:
+        for site in (*whole, *written):
             try:
-                _fuse(read(softmax), program.needs_grad)
+                with nullcontext(site) if isinstance(site, fx.Node) else as_softmax(site) as softmax:
+                    _fuse(read(softmax, () if isinstance(site, fx.Node) else site.parts), program.needs_grad)
                 done += 1
             except NotRead as why:
-                misses.append(f"{softmax.name}: {why}")
+                misses.append(f"{(site if isinstance(site, fx.Node) else site.out).name}: {why}")
         if not done:
             raise Refusal(misses[0])
-        return PassResult(done, len(found), misses=tuple(misses))
+        return PassResult(done, len(whole) + len(written), misses=tuple(misses))
 
 
 @dataclass(frozen=True)
@@ -84,17 +93,25 @@ def _fuse(spelled: Spelled, needs_grad: bool) -> None:
         raise NotRead("gradients are on, and attention with a soft cap or sinks has none; wrap the call in torch.no_grad()")
     frame = _frame(spelled)
     k = spelled.kt.args[0] if _turned(spelled.kt) else spelled.kt
-    sinks = [] if spelled.sinks is None else [spelled.sinks]
-    extras = [*spelled.scales, *sinks, *(m.node for m in spelled.masks)]
+    sloped = None if needs_grad else read_slopes(spelled.masks)
+    masks = spelled.masks if sloped is None else list(sloped.rest)
     form = Form(frame, val(out).dtype, spelled.scale * (spelled.cap or 1.0), k is spelled.kt, len(shape(out)))
-    joined, split = _masks(spelled, frame, form.dtype), len(spelled.scales)
+    mask = emit(out, _masks(masks, frame, form.dtype), *(m.node for m in masks)) if masks else None
+    if not needs_grad and _pays_to_count(mask, spelled):
+        beyond["window"] = 0
+    named = {"sinks": spelled.sinks, "slopes": None if sloped is None else sloped.node}
+    ranks = {"sinks": frame.rank, "slopes": 0 if sloped is None else len(shape(sloped.at))}
+    named = {name: node for name, node in named.items() if node is not None}
+    split = len(spelled.scales)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
-        more = {**beyond, "sinks": _padded(frame, extras[split], frame.rank).to(form.dtype)} if sinks else beyond
-        mask = joined(extras[split + len(sinks) :])
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *extras: Any) -> Tensor:
+        more = dict(beyond)
+        for name, x in zip(named, extras[split:], strict=True):
+            x = _padded(frame, x, ranks[name]) if isinstance(x, Tensor) else q.new_full((1, 1, 1, 1), x)
+            more[name] = x.to(form.dtype) if name == "sinks" else x if sloped is None or sloped.factor == 1.0 else x * sloped.factor
         return form.attend(math.prod(extras[:split], start=q), k, v, mask, more)
 
-    new = emit(out, attend, spelled.q, k, v, *extras)
+    new = emit(out, attend, spelled.q, k, v, mask, *spelled.scales, *named.values())
     if not all(same_size(a, b) for a, b in zip(shape(new), shape(out), strict=True)):
         raise NotRead("queries, keys and values are not one batch of heads")
     new.meta = {**out.meta, "val": new.meta["val"]}
@@ -139,6 +156,8 @@ def _frame(spelled: Spelled) -> Frame:
     weights, product = shape(spelled.softmax), shape(spelled.product)  # type: ignore[arg-type]
     q, kt, v = (shape(n) for n in (spelled.q, spelled.kt, spelled.v))  # type: ignore[arg-type]
     rank, heads = len(weights), weights[1] if len(weights) > 3 else 1
+    if len(kt) == 2 and len(q) > 2:
+        raise NotRead("its keys are a memory that all tokens share: what it holds grows with tokens alone, and fusing saves nothing")
     if not len(q) == len(kt) == len(product) or not all(same_size(a, b) for a, b in zip(q[:-2], product[:-2], strict=True)):
         raise NotRead("queries are repeated along a dimension of the keys")
     if rank > 5 or {len(q), len(v)} - {rank} - ({3} if rank == 4 and isinstance(heads, int) else set()):
@@ -153,14 +172,23 @@ def _frame(spelled: Spelled) -> Frame:
     return Frame(rank, heads, grouped)
 
 
-def _masks(spelled: Spelled, frame: Frame, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], Tensor | None]:
+def _pays_to_count(mask: fx.Node | None, spelled: Spelled) -> bool:
+    """Whether a mask is a window or a prefix of so few keys that counting them, which SDPA cannot, leaves half of the logits out."""
+    rows, keys = shape(spelled.softmax)[-2], shape(spelled.product)[-1]  # type: ignore[arg-type]
+    if mask is None or not isinstance(keys, int) or keys < LONG or rows != keys or shape(mask)[-2:] != (rows, keys):
+        return False
+    edge = edge_of(evaluate(mask, {}), additive=val(mask).is_floating_point())
+    return edge is not None and 0 < max(edge) <= keys // 2
+
+
+def _masks(masks: list[Mask], frame: Frame, dtype: torch.dtype) -> Callable[..., Tensor | None]:
     """What makes one mask of all: bool where nothing is added and hidden logits are -inf, else added."""
-    told: list[tuple[Mask, int]] = [(m, len(shape(m.at))) for m in spelled.masks]
+    told: list[tuple[Mask, int]] = [(m, len(shape(m.at))) for m in masks]
     boolean = all(m.kind != "added" and m.value == float("-inf") for m, _ in told)
     if any(m.kind == "added" and val(m.node).dtype == torch.bool for m, _ in told):
         raise NotRead("a boolean is added to the logits")
 
-    def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    def joined(*tensors: Tensor) -> Tensor | None:
         bias: Tensor | None = None
         seen: Tensor | None = None
         hidden = 0.0

@@ -56,7 +56,10 @@ def _problem(plan: Plan) -> str:
     """Why it is not worth it, or does not fit; ''."""
     if not any(op_name(n) in WORTH for n in plan.short):
         return "nothing row-wise stands in front of it"
-    causal = [n for n in plan.short if is_attention(n) and argument(n, "is_causal", False)]
+    sloped = [n for n in plan.short if is_attention(n) and argument(n, "slopes") is not None]
+    if any(argument(n, "attn_mask") is not None for n in sloped):
+        return "an attention in front of it has slopes and a mask"
+    causal = [n for n in plan.short if is_attention(n) and argument(n, "is_causal", False)] + sloped
     if not all(same_size(shape(n.args[0])[-2], shape(n.args[1])[-2]) for n in causal):  # type: ignore[arg-type]
         return "the causal flag of an attention in front of it counts other rows than keys"
     return ""
@@ -131,21 +134,30 @@ def _sliced(x: Any, dims: tuple[int, ...], rows: tuple[int, int]) -> Any:
     return x
 
 
-def _seen_by(k: torch.Tensor, rows: tuple[int, int], window: int) -> torch.Tensor:
-    """Which keys [B, H, T, D] each of these rows sees, of as many rows as keys; with a window only the last ones."""
+def _written_out(
+    k: torch.Tensor, slopes: torch.Tensor | None, rows: tuple[int, int], causal: bool, window: int, prefix: int
+) -> torch.Tensor:
+    """The mask of these rows, of as many rows as keys [B, H, T, D]: keys up to each row, with a window only the last ones, with a prefix
+    it too; and what slopes add."""
     keys = torch.arange(k.shape[-2], device=k.device)
     row = _sliced(keys.unsqueeze(1), (0,), rows)
-    return (keys <= row) & (keys > row - window) if window else keys.unsqueeze(0) <= row
+    seen = keys <= row
+    seen = seen & (keys > row - window) if window else seen | (keys < prefix) if prefix else seen
+    if slopes is None:
+        return seen
+    sloped = (slopes * (keys - row)).to(k.dtype)
+    return torch.where(seen, sloped, float("-inf")) if causal else sloped
 
 
 def _uncausal(sdpa: fx.Node, rows: tuple[int, int]) -> None:
-    """A causal SDPA of fewer rows: the last row sees every key, so the flag goes; other rows get their mask written out."""
-    if not argument(sdpa, "is_causal", False):
+    """A causal SDPA of fewer rows: the last row sees every key, so the flag goes; other rows, and slopes, get their mask written out."""
+    causal, slopes = bool(argument(sdpa, "is_causal", False)), argument(sdpa, "slopes")
+    if not causal and slopes is None:
         return
     k = sdpa.args[1]
     args, kwargs = list(sdpa.args[:3]), {x: y for x, y in sdpa.kwargs.items() if x not in ("attn_mask", "dropout_p", "is_causal")}
-    window = kwargs.pop("window", 0)
-    if rows != (-1, 0) or window:
-        kwargs["attn_mask"] = emit(sdpa, lambda k: _seen_by(k, rows, window), k)
+    window, prefix, _ = kwargs.pop("window", 0), kwargs.pop("prefix", 0), kwargs.pop("slopes", None)
+    if rows != (-1, 0) or window or slopes is not None:
+        kwargs["attn_mask"] = emit(sdpa, lambda k, s: _written_out(k, s, rows, causal, window, prefix), k, slopes)
     sdpa.args, sdpa.kwargs = tuple(args), kwargs
 

@@ -8,11 +8,11 @@ import torch
 from torch.export import Dim
 
 from dyncc.analysis.facts import analyse
+from dyncc.analysis.mask_values import CAUSAL, Const, evaluate
 from dyncc.backends.ort_fuse import fuse_attention
 from dyncc.backends.rotary import find_rotary
 from dyncc.ir import op_name
 from dyncc.kernels.group_query_attention import OP, group_query_attention
-from dyncc.passes.simplify_mask import CAUSAL, Const, evaluate
 
 B, H, G, S, P, D = 2, 4, 2, 3, 5, 8
 sdpa = torch.nn.functional.scaled_dot_product_attention

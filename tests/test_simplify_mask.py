@@ -12,8 +12,9 @@ from graphs import node, program
 from torch.nn import functional as F
 
 from dyncc.analysis.facts import analyse
+from dyncc.analysis.mask_values import CAUSAL, Causal, Const, Distance, Position, evaluate
 from dyncc.ir import Program, argument, op_name
-from dyncc.passes.simplify_mask import CAUSAL, Causal, Const, Position, SimplifyMask, evaluate
+from dyncc.passes.simplify_mask import SimplifyMask
 from dyncc.rewrite import Applied, Context, apply_pass, fingerprint
 
 B, H, T, D = 2, 2, 6, 4
@@ -210,6 +211,16 @@ def test_a_mask_with_another_user_stays_for_it() -> None:
         (lambda x: torch.full((3, 3), -math.inf).triu(), None),
         (lambda x: torch.arange(3)[None] <= torch.arange(1)[:, None].expand(3, 1), None),
         (lambda x: x > 0, None),
+        (lambda x: torch.arange(3) < 2, Causal(False, False, prefix=2, inside=(True,) * 3)),
+        (lambda x: (torch.arange(3) < 2).expand(4, 3), Causal(False, False, prefix=2, inside=(True,) * 3)),
+        (lambda x: torch.arange(1, 4)[None] >= 3, Causal(True, True, prefix=2, inside=(False,) * 3)),
+        (lambda x: torch.arange(3)[:, None] < 2, None),
+        (lambda x: torch.arange(3) < 0, Const(False)),
+        (lambda x: torch.arange(3)[None] - torch.arange(4)[:, None], Distance(1, 0)),
+        (lambda x: -(torch.arange(3)[None] - torch.arange(4)[:, None] + 2), Distance(-1, -2)),
+        (lambda x: torch.arange(4)[:, None] - torch.arange(3)[None] >= 0, CAUSAL),
+        (lambda x: torch.arange(4)[:, None] - torch.arange(3)[None] <= 1, Causal(True, True, 2, False)),
+        (lambda x: torch.arange(3)[None] >= torch.arange(4)[:, None] - 1, Causal(True, True, 2, False)),
     ],
 )
 def test_abstract_values(function: Callable[..., Any], value: Any) -> None:

@@ -48,7 +48,7 @@ class AttentionRegion:
         """Words about what a fused attention does beyond SDPA, '' where it does nothing: for passes that compute logits anew."""
         if op_name(self.out) != "attend":
             return ""
-        told = [name for name in ("cap", "sinks", "window", "gate") if argument(self.out, name)]
+        told = [name for name in ("cap", "sinks", "window", "prefix", "slopes", "gate") if argument(self.out, name)]
         return f"it is fused with {' and '.join(told)}; put fuse-attention behind this pass" if told else ""
 
 

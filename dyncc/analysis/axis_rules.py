@@ -147,7 +147,8 @@ def attention(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
         if slots[slot] is mask and not _is_one(own[last]):
             contracts.append(Contract(1, rank - 2, slot, last))
         links += [Link(i + offset, slot, i) for i in range(last + (slots[slot] is argument(node, "gate"))) if not _is_one(own[i])]
-    reads = [Read(1, rank - 2, "counts a window along it")] if argument(node, "window", 0) else []
+    counted = next((name for name in ("window", "prefix", "slopes") if argument(node, name)), None)
+    reads = [Read(1, rank - 2, f"counts a {counted.removesuffix('s')} along it")] if counted else []
     return OpAxes(links=links, contracts=contracts, reads=reads)
 
 

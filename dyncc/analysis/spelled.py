@@ -9,6 +9,7 @@ meaning is known; the first that is not ends the reading, with its reason. What 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,8 +76,8 @@ def softmaxes(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function" and op_name(n) in SOFTMAX]
 
 
-def read(softmax: fx.Node) -> Spelled:
-    """The attention around a softmax.
+def read(softmax: fx.Node, inside: Collection[fx.Node] = ()) -> Spelled:
+    """The attention around a softmax; `inside` are more nodes that nobody else may read.
 
     Raises:
         NotRead: with the first thing that is not understood.
@@ -86,7 +87,7 @@ def read(softmax: fx.Node) -> Spelled:
         raise NotRead("the softmax is not along the last dimension")
     found = Spelled(softmax)
     chain = _to_product(softmax)
-    found.product, found.inside = chain[-1], {softmax, *chain}
+    found.product, found.inside = chain[-1], {softmax, *chain, *inside}
     for node, inner in zip(reversed(chain[:-1]), reversed(chain[1:]), strict=True):
         _step(found, node, inner)
     if op_name(found.product) == "baddbmm":

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from dyncc.kernels.fused_attention.truth import attend, check, gated
+from dyncc.kernels.fused_attention.truth import attend, check, distances, gated, seen
 from dyncc.kernels.generator import KernelSpec
 from dyncc.kernels.generator.spec import DTYPES, WIDEST
 
@@ -28,11 +28,16 @@ def attend_by_kernel(
     sinks: Tensor | None = None,
     cap: float = 0.0,
     window: int = 0,
+    prefix: int = 0,
+    slopes: Tensor | None = None,
     gate: Tensor | None = None,
     activation: str = "sigmoid",
 ) -> Tensor:
     """What truth.attend computes."""
-    check(query, key, dropout_p, is_causal, window, activation)
+    check(query, key, dropout_p, is_causal, window, activation, prefix, slopes)
+    if prefix or slopes is not None:  # kernels know neither: they are written out as a mask
+        attn_mask, is_causal = as_mask(query, key, attn_mask, is_causal, window, prefix, slopes), False
+        window = 0
     if not takes(query, key, value, attn_mask, sinks, gate):
         more = {"sinks": sinks, "cap": cap, "window": window, "gate": gate, "activation": activation}
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more)  # type: ignore[arg-type]
@@ -47,6 +52,20 @@ def attend_by_kernel(
     each = None if sinks is None else sinks.reshape(-1).expand(query.shape[1]).contiguous()
     run(spec, query, key, value, attn_mask, each, scale, out, **({"gate": gate} if fused else {}))
     return out if fused else gated(out, gate, activation)
+
+
+def as_mask(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, window: int, prefix: int, slopes: Tensor | None
+) -> Tensor:  # fmt: skip
+    """One mask of the queries' type or bool that says what all of these say."""
+    rows, keys, device = query.shape[2], key.shape[2], query.device
+    shown = seen(rows, keys, window, device, prefix) if is_causal else torch.ones(rows, keys, dtype=torch.bool, device=device)
+    if mask is not None and mask.dtype == torch.bool:
+        shown, mask = shown & mask, None
+    if slopes is not None:
+        sloped = (slopes.float() * distances(rows, keys, device)).to(query.dtype)
+        mask = sloped if mask is None else mask + sloped
+    return shown if mask is None else torch.where(shown, mask, float("-inf"))
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, gate: Tensor | None) -> bool:

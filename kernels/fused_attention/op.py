@@ -16,8 +16,8 @@ from dyncc.kernels.fused_attention.truth import attend
 _library = torch.library.Library("dyncc", "FRAGMENT")
 _library.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, *, "
-    "float? scale=None, bool enable_gqa=False, Tensor? sinks=None, float cap=0.0, int window=0, Tensor? gate=None, "
-    "str activation='sigmoid') -> Tensor"
+    "float? scale=None, bool enable_gqa=False, Tensor? sinks=None, float cap=0.0, int window=0, int prefix=0, "
+    "Tensor? slopes=None, Tensor? gate=None, str activation='sigmoid') -> Tensor"
 )
 _library.impl("attend", attend, "CompositeExplicitAutograd")
 _library.impl("attend", attend_by_rows, "CPU")
