@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from dyncc.backends.native import with_native_kernels
+from dyncc.backends.open_gates import with_open_gates
 from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.backends.size_symbols import define_sizes
 from dyncc.ir import Program, is_symbolic, operands, shape
@@ -22,7 +23,7 @@ LONGEST = 16384
 
 def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
     """Compile a program; door 1 programs must be lowered before the backend returns (later, lengths would be specialised)."""
-    lowered, notes = with_native_kernels(program)
+    lowered, notes = with_native_kernels(with_open_gates(program))
     safe = spelled_safely(lowered if any(_by_its_kernel(n) for n in lowered.graph.nodes) else spelled_out(lowered, COMPILED))
     if program.door == 1:
         define_sizes(safe.module.graph)

@@ -176,6 +176,16 @@ def _slice(node: fx.Node, value: Abstract) -> Abstract:
     return None
 
 
+def _select(node: fx.Node, value: Abstract) -> Abstract:
+    """One of several: of a constant it is the constant; of positions along another dimension, they stay."""
+    at, index = argument(node, "dim") % (len(shape(node)) + 1) - len(shape(node)) - 1, argument(node, "index")
+    if isinstance(value, Position) and at != value.dim:
+        return replace(value, dim=value.dim + (at > value.dim))
+    if isinstance(value, Position):
+        return Const(value.offset + index) if isinstance(index, int) and index >= 0 else None
+    return value if isinstance(value, Const) else None
+
+
 def _sum(node: fx.Node, value: Abstract) -> Abstract:
     return Const(0) if value == Const(0) else None
 
@@ -197,12 +207,15 @@ def _upper(node: fx.Node, value: Abstract) -> Abstract:
 
 
 def _shaped(node: fx.Node, value: Abstract) -> Abstract:
-    return value if isinstance(value, Const) else None
+    """A constant stays one; so do positions in a single row."""
+    in_front = all(same_size(s, 1) for s in (*shape(node)[:-1], *shape(node.args[0])[:-1]))  # type: ignore[arg-type]
+    counted = isinstance(value, Position) and value.dim == -1 and in_front and same_size(shape(node)[-1], shape(node.args[0])[-1])  # type: ignore[arg-type]
+    return value if counted or isinstance(value, Const) else None
 
 
 _UNARY = {
     "unsqueeze": _unsqueeze, "slice": _slice, "cumsum": _sum, "logical_not": _not, "bitwise_not": _not, "tril": _lower, "triu": _upper,
-    "view": _shaped, "reshape": _shaped, "squeeze": _shaped, "select": _shaped,
+    "view": _shaped, "reshape": _shaped, "squeeze": _shaped, "select": _select,
 }  # fmt: skip
 
 
