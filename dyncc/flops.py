@@ -8,13 +8,14 @@ from torch import fx
 
 from dyncc.ir import ATTENTION, ancestors, hint, is_tensor, op_name, operands, outputs, shape
 
-RECURRENT = "gated_linear_attention"
+RECURRENT = {"gated_linear_attention": 4, "gated_delta_rule": 6}
+"""Operations a token, channel of keys and channel of values: written to the state, read from it, and read before it is replaced."""
 
 
 def count_flops(graph: fx.Graph) -> int:
     """Multiply-adds count two; symbolic sizes take their values in the example inputs; dead nodes count nothing."""
     live = ancestors(n for n in outputs(graph) if isinstance(n, fx.Node))
-    return sum(_flops(n) for n in graph.nodes if n in live and n.op == "call_function" and (is_tensor(n) or op_name(n) == RECURRENT))
+    return sum(_flops(n) for n in graph.nodes if n in live and n.op == "call_function" and (is_tensor(n) or op_name(n) in RECURRENT))
 
 
 def _flops(node: fx.Node) -> int:
@@ -33,8 +34,8 @@ def _flops(node: fx.Node) -> int:
         return 0 if node.args[3] == "recents" else 2 * _numel(slots[0]) * _size(slots[1], -2)
     if name == "score_pages":
         return 4 * _numel(slots[0]) * _size(slots[1], -2)
-    if name == RECURRENT:
-        return 4 * _numel(slots[0]) * _size(slots[2], -1)  # the recurrence's: each token is written to the state and read from it
+    if name in RECURRENT:
+        return RECURRENT[name] * _numel(slots[0]) * _size(slots[2], -1)
     if name in ("conv1d", "conv2d", "conv3d", "convolution"):
         return 2 * _numel(node) * math.prod(hint(s) for s in shape(slots[1])[1:])
     return 0

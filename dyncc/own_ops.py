@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx
 
 from dyncc.ir import Program, emit
-from dyncc.kernels import fused_attention, gated_linear_attention, one_row
+from dyncc.kernels import fused_attention, gated_delta_rule, gated_linear_attention, one_row
 
-TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS, **gated_linear_attention.TRUTHS}
+TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS, **gated_linear_attention.TRUTHS, **gated_delta_rule.TRUTHS}
 """The truth of every op of dyncc's own that passes emit."""
 
 

@@ -4,8 +4,9 @@
 
 written as products, a causal mask (tril, or filled in) and no softmax, is the recurrence S_t = exp(a_t) S_{t-1} + k_t' v_t with
 o_t = scale q_t S_t (Katharopoulos et al. 2020; Yang et al. 2023 for decays): `dyncc::gated_linear_attention` computes it in time and
-memory that grow with the tokens alone. Decays are read where they are exp of a
-difference of one running sum. Exact up to rounding, with one exception: decays of hidden pairs that overflow before they are hidden give
+memory that grow with the tokens alone. Decays are read where they are exp of a difference of one running sum. Loops over tokens that a
+capture wrote out are read too (passes/unrolled_recurrence.py), and the gated delta rule among them. Which of the equal forms runs is one
+rule: token after token up to 4 tokens, chunks beyond. Exact up to rounding, with one exception: decays of hidden pairs that overflow before they are hidden give
 NaN when written out, and nothing when fused. Weights somebody reads stay.
 """
 
@@ -17,8 +18,10 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from dyncc.analysis.facts import Facts
+from dyncc.analysis.unrolled import NotUnrolled, joins, read_steps
 from dyncc.ir import argument, emit, is_mutating, is_tensor, op_name, operands, same_size, shape, val
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
+from dyncc.passes.unrolled_recurrence import fuse_unrolled
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -44,16 +47,21 @@ class FuseLinearAttention(Pass):
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Rewrite every linear attention that can be read; refuse when there is none."""
         found = [n for n in program.graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and _pairs(n)]
+        loops = joins(program.graph)
         done, misses = 0, []
-        for out in found:
+        for out, fuse in [*((n, _fuse) for n in found), *((n, _fuse_loop) for n in loops)]:
             try:
-                _fuse(out)
+                fuse(out)
                 done += 1
-            except _NotRead as why:
+            except (_NotRead, NotUnrolled) as why:
                 misses.append(f"{out.name}: {why}")
         if not done:
-            raise Refusal(misses[0] if misses else "no product of queries and keys meets values without a softmax")
-        return PassResult(done, len(found), misses=tuple(misses))
+            raise Refusal(misses[0] if misses else "no product of queries and keys meets values without a softmax, and no loop over tokens")
+        return PassResult(done, len(found) + len(loops), misses=tuple(misses))
+
+
+def _fuse_loop(joined: fx.Node) -> None:
+    fuse_unrolled(read_steps(joined))
 
 
 def _pairs(out: fx.Node) -> bool:

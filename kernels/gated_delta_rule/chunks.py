@@ -1,0 +1,55 @@
+"""The chunk form of the gated delta rule: a triangular solve inside chunks of tokens, and one state from each chunk to the next.
+
+What token i writes is
+
+    u_i = beta_i (v_i - sum_{j<i} exp(g_{j+1} + ... + g_i) (k_i k_j) u_j - exp(g_1 + ... + g_i) k_i S)
+
+so that all u of a chunk solve one triangular system. Sums of log decays are never subtracted from another: no factor exceeds 1, and -inf
+is a decay as any.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dyncc.kernels.gated_delta_rule.truth import started
+
+CHUNK = 64
+
+
+def chunk(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, size: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """What `truth.step` computes, `size` tokens at a time."""
+    held = started(q, k, v, beta, log_decay, state)
+    tokens, wide = q.shape[2], held.dtype
+    decay = q.new_zeros(q.shape[:3], dtype=wide) if log_decay is None else log_decay.to(wide)
+    q, k, v_, beta, decay = (_chunks(x.to(wide), size) for x in (q, k, v, beta.unsqueeze(3), decay.unsqueeze(3)))
+    kept = between(decay.squeeze(4))
+    since = decay.cumsum(3).exp()
+    system = (beta * (k @ k.transpose(3, 4)) * kept).tril(-1)
+    both = torch.linalg.solve_triangular(system, torch.cat([beta * v_, beta * since * k], 4), upper=False, unitriangular=True)
+    own, of_state = both.split([v_.shape[4], k.shape[4]], 4)
+    weights = ((q @ k.transpose(3, 4)) * kept).tril()
+    reads, writes = q * since, (k * kept[:, :, :, -1].unsqueeze(4)).transpose(3, 4)
+    outs = []
+    for n in range(q.shape[2]):
+        written = own[:, :, n] - of_state[:, :, n] @ held
+        outs.append(reads[:, :, n] @ held + weights[:, :, n] @ written)
+        held = held * since[:, :, n, -1:] + writes[:, :, n] @ written
+    out = torch.cat(outs, 2)[:, :, :tokens] if outs else v.new_zeros(v.shape)
+    return out.to(v.dtype), held
+
+
+def between(decay: Tensor) -> Tensor:
+    """exp(decay_{j+1} + ... + decay_i) [..., i, j] for j <= i, of log decays [..., T]; behind the diagonal 1."""
+    rows = torch.arange(decay.shape[-1], device=decay.device)
+    after = rows.unsqueeze(1) > rows
+    return torch.where(after, decay.unsqueeze(-1), 0.0).cumsum(-2).exp()
+
+
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """[B, H, chunks, size, D]; rows behind the end are zeros: such keys and decays change no state."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
