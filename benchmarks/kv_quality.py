@@ -4,8 +4,9 @@
 
 Policies that evict drop keys once, when the prompt ends; one that prunes leaves tokens out of the layers behind its cut, as a
 `dyncc.KVCache` made with it does. Policies that select are run as their masked form: each of the tokens ahead sees
-the keys that its own step would choose (tests/test_select_kv.py shows that the pass computes the same). Perplexity is that of the tokens
-ahead, teacher-forced; intervals are bootstrap 95 % over documents. Rotary pairs are calibrated on other text behind the documents.
+the keys that its own step would choose (tests/test_select_kv.py shows that the pass computes the same). Policies that look at former
+steps or at rows that are not there yet are served: a `dyncc.KVCache` reads the tokens ahead one by one. Perplexity is that of the
+tokens ahead, teacher-forced; intervals are bootstrap 95 % over documents. Rotary pairs are calibrated on other text behind the documents.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from dyncc.passes.select_kv import SelectKV
 from dyncc.pipeline import build
 
 EVICT = ["streamingllm{budget=%d every=0}", "snapkv{budget=%d}", "a2sf{budget=%d}", "h2o{budget=%d recents=%d every=0}"]
+AHEAD = ["dapq{budget=%d}"]
 PRUNE = ["promptdistill{layers=14 keep=%d}"]
 SELECT = [
     "select-kv{budget=256 score=logits share=head sinks=0 recents=0}",
@@ -50,6 +52,9 @@ SELECT = [
     "fasa{budget=256 pairs=8}",
     "tidaldecode{budget=256}",
     "sink-window{budget=512}",
+    "tokenselect{budget=256 sinks=16 recents=64 similar=0.9}",
+    "louiskv{budget=512}",
+    "actqkv{budget=256}",
 ]
 CALIBRATION = 1024
 """Tokens of each of the four texts that rotary pairs are chosen by."""
@@ -158,11 +163,13 @@ def attention(replaced: Any) -> Iterator[Any]:
 def read(model: Any, ids: Tensor, prompt: int, policies: dict[str, Any]) -> dict[str, float]:
     """Mean negative log-likelihood of the tokens behind the prompt, dense and by policy."""
     plain, following = F.scaled_dot_product_attention, ids[:, prompt:]
-    with attention(Recording({n: p for n, p in policies.items() if isinstance(p, EvictKV)}, plain)) as noted:
+    with attention(Recording(noted_on_the_way(policies), plain)) as noted:
         prefilled = Prefill(model, keys=True)(ids[:, :prompt])
     found = {"dense": continuation_nll(model, prefilled, following, prompt).mean().item()}
     for name, policy in policies.items():
-        if isinstance(policy, EvictKV):
+        if must_be_served(policy):
+            found[name] = served(model, ids, prompt, name)
+        elif isinstance(policy, EvictKV):
             kept = [take_keys(t, noted.kept[name][i // 2]) for i, t in enumerate(prefilled[1:])]
             found[name] = continuation_nll(model, (prefilled[0], *kept), following, prompt).mean().item()
         elif isinstance(policy, PruneTokens):
@@ -173,11 +180,37 @@ def read(model: Any, ids: Tensor, prompt: int, policies: dict[str, Any]) -> dict
     return found
 
 
+def must_be_served(policy: Any) -> bool:
+    """Whether what a policy reads is known to its own cache only: former steps, or rows behind the prompt."""
+    if isinstance(policy, EvictKV):
+        return policy.score not in ("recents", "received", "window")
+    return isinstance(policy, SelectKV) and (policy.similar is not None or policy.density)
+
+
+def noted_on_the_way(policies: dict[str, Any]) -> dict[str, EvictKV]:
+    """The policies whose choice attention itself shows while the prompt is read."""
+    return {n: p for n, p in policies.items() if isinstance(p, EvictKV) and not must_be_served(p)}
+
+
+def compiled(model: Any) -> Any:
+    """One forward for all caches, with a graph for each kind."""
+    return torch.compile(model, backend="dyncc", options={"engine": "reference", "evidence": "off"})
+
+
+def served(model: Any, ids: Tensor, prompt: int, passes: str) -> float:
+    """Mean negative log-likelihood of the tokens behind the prompt, read one by one by a cache with passes."""
+    run, cache = compiled(model), dyncc.KVCache(passes)
+    losses, read = [], ids[:, :prompt]
+    for place in range(prompt, ids.shape[1]):
+        logits = run(input_ids=read, past_key_values=cache, logits_to_keep=1).logits
+        losses.append(F.cross_entropy(logits[:, -1].float(), ids[:, place]).item())
+        read = ids[:, place : place + 1]
+    return sum(losses) / len(losses)
+
+
 def pruned(model: Any, ids: Tensor, passes: str) -> tuple[Tensor, ...]:
     """What a prompt leaves behind that is pruned on its way through the layers: its last logits, and what each layer holds."""
-    torch._dynamo.reset()
-    run = torch.compile(model, backend="dyncc", options={"engine": "reference", "evidence": "off"})
-    cache = dyncc.KVCache(passes)
+    run, cache = compiled(model), dyncc.KVCache(passes)
     return (run(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits, *flatten_cache(cache))
 
 
@@ -204,7 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kv_quality.json")
     options = parser.parse_args(argv)
     budget = options.budget or options.prompt // 4
-    usual = [text % ((budget, budget // 2) if text.count("%d") == 2 else budget) for text in EVICT + PRUNE] + SELECT
+    usual = [text % ((budget, budget // 2) if text.count("%d") == 2 else budget) for text in EVICT + AHEAD + PRUNE] + SELECT
+    torch._dynamo.config.recompile_limit = 64  # all caches compile one forward
     policies = {text: build(text)[0] for text in options.passes or usual}
     model, tokenizer = load_smollm2()
     span = options.prompt + options.ahead

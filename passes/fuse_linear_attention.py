@@ -6,8 +6,8 @@ written as products, a causal mask (tril, or filled in) and no softmax, is the r
 o_t = scale q_t S_t (Katharopoulos et al. 2020; Yang et al. 2023 for decays): `dyncc::gated_linear_attention` computes it in time and
 memory that grow with the tokens alone. Decays are read where they are exp of a difference of one running sum. Loops over tokens that a
 capture wrote out are read too (passes/unrolled_recurrence.py), and the gated delta rule among them. Which of the equal forms runs is one
-rule: token after token up to 4 tokens, chunks beyond. Exact up to rounding, with one exception: decays of hidden pairs that overflow before they are hidden give
-NaN when written out, and nothing when fused. Weights somebody reads stay.
+rule: token after token up to 4 tokens, chunks beyond. Exact up to rounding, with one exception: decays of hidden pairs that overflow
+before they are hidden give NaN when written out, and nothing when fused. Weights somebody reads stay.
 """
 
 from __future__ import annotations
