@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import dyncc
 from dyncc.evidence import relative_error
 from dyncc.flops import count_flops
-from dyncc.ir import op_name
+from dyncc.ir import op_name, shape
 from dyncc.own_ops import spelled_out
 from dyncc.passes.fuse_linear_attention import FuseLinearAttention
 from dyncc.rewrite import Applied, Context, apply_pass, fingerprint
@@ -72,15 +72,71 @@ def shared_by_the_batch(q: Any, k: Any, v: Any, a: Any) -> Any:
     return ((q @ k.mT) * (since.unsqueeze(-1) - since.unsqueeze(-2)).exp().tril()[None]) @ v
 
 
-FUSED = (by_tril, by_mask_of_ones, by_fill, by_positions, decayed, decayed_then_tril, heads_merged, shared_by_the_batch)
+def by_an_input(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """A number for each row."""
+    return ((q @ k.mT) * a[..., None]).tril() @ v
 
 
-def softmaxed(q: Any, k: Any, v: Any, a: Any) -> Any:
-    return torch.softmax(q @ k.mT, -1) @ v
+def normalised(q: Any, k: Any, v: Any, a: Any) -> Any:
+    weights = (F.relu(q) @ F.relu(k).mT).tril()
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-3)) @ v * 2
+
+
+def normalised_behind(q: Any, k: Any, v: Any, a: Any) -> Any:
+    weights = torch.tril(F.relu(q) @ F.relu(k).mT)
+    return (weights * 0.5) @ v / weights.sum(-1).clamp(min=1e-2)[..., None]
+
+
+def by_channel(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """As papers write it: both factors may leave what fp32 can hold, the recurrence does not."""
+    since = (a[..., None] * torch.linspace(0.1, 0.5, D)).cumsum(-2)
+    return ((q * since.exp()) @ (k * torch.exp(-since)).transpose(-1, -2) * D**-0.5).tril() @ v
+
+
+def by_channel_divided(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = torch.cumsum(a[..., None] * torch.linspace(0.1, 0.5, D), dim=2)
+    weights = (torch.exp(since) * q) @ (k / torch.exp(since)).mT
+    return weights.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), 0.0) @ v
+
+
+FUSED = (
+    by_tril, by_mask_of_ones, by_fill, by_positions, decayed, decayed_then_tril, heads_merged, shared_by_the_batch, by_an_input, normalised,
+    normalised_behind, by_channel, by_channel_divided,
+)  # fmt: skip
 
 
 def all_seen(q: Any, k: Any, v: Any, a: Any) -> Any:
     return (q @ k.mT * 0.5) @ v
+
+
+def all_seen_and_normalised(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """Over an image's tokens, as LINA writes it when all pairs are made."""
+    weights = (F.relu(q) + 1e-6) @ (F.relu(k) + 1e-6).mT
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def differential(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """DyDiLA's: differences of features on both sides."""
+    q, k = F.elu(q) + 1 - 0.3 * F.relu(q), F.elu(k) + 1 - 0.3 * F.relu(k)
+    return torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k), v) / T
+
+
+def two_channels(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """Keys grow by another sum than queries: the factors are what queries and keys are, and no decay."""
+    since = (a[..., None] * torch.linspace(0.1, 0.5, D)).cumsum(-2)
+    return ((q * since.exp()) @ (k * torch.exp(-since.flip(-1))).mT) @ v
+
+
+def by_a_mask_of_one(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """It is broadcast, and so hides nothing."""
+    return (q @ k.mT * torch.ones(1, 1).tril()) @ v
+
+
+OPEN = (all_seen, by_a_mask_of_one, two_channels, all_seen_and_normalised, differential)
+
+
+def softmaxed(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return torch.softmax(q @ k.mT, -1) @ v
 
 
 def two_later(q: Any, k: Any, v: Any, a: Any) -> Any:
@@ -93,7 +149,7 @@ def squared(q: Any, k: Any, v: Any, a: Any) -> Any:
 
 def read(q: Any, k: Any, v: Any, a: Any) -> Any:
     weights = (q @ k.mT).tril()
-    return weights @ v, weights.sum(-1)
+    return weights @ v, weights.sum(-2)
 
 
 def two_sums(q: Any, k: Any, v: Any, a: Any) -> Any:
@@ -111,37 +167,48 @@ def of_the_batch(q: Any, k: Any, v: Any, a: Any) -> Any:
     return ((q @ k.mT) * (since.unsqueeze(-1) - since.unsqueeze(-2)).exp().tril().unsqueeze(1)) @ v
 
 
-def normalised(q: Any, k: Any, v: Any, a: Any) -> Any:
+def summed_before_its_mask(q: Any, k: Any, v: Any, a: Any) -> Any:
+    weights = q @ k.mT
+    return (weights / weights.sum(-1, keepdim=True)).tril() @ v
+
+
+def summed_when_normalised(q: Any, k: Any, v: Any, a: Any) -> Any:
     weights = (q @ k.mT).tril()
-    return (weights / weights.sum(-1, keepdim=True)) @ v
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ v + weights.sum(-1, keepdim=True)
+
+
+def divided_by_keys(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return ((q @ k.mT).tril() / torch.arange(1, T + 1)) @ v
+
+
+def values_of_sums(q: Any, k: Any, v: Any, a: Any) -> Any:
+    weights = (q @ k.mT).tril()
+    return weights @ (v + weights.sum(-1, keepdim=True))
 
 
 def filled_with_more(q: Any, k: Any, v: Any, a: Any) -> Any:
     return (q @ k.mT).masked_fill(torch.ones(T, T).triu(1) == 1, 1.0) @ v
 
 
-def by_an_input(q: Any, k: Any, v: Any, a: Any) -> Any:
-    return ((q @ k.mT) * a[..., None]).tril() @ v
-
-
-def by_a_mask_of_one(q: Any, k: Any, v: Any, a: Any) -> Any:
-    """It is broadcast, and so hides nothing."""
-    return (q @ k.mT * torch.ones(1, 1).tril()) @ v
+def by_keys(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return ((q @ k.mT) * a[..., None, :]).tril() @ v
 
 
 KEPT = (
-    (by_a_mask_of_one, "multiplies its weights"),
     (softmaxed, "without a softmax"),
-    (all_seen, "hide no later tokens"),
+    (summed_before_its_mask, "summed over keys before they are masked"),
+    (summed_when_normalised, "summed over keys, and then scaled row by row"),
+    (divided_by_keys, "divided by a tensor that differs from key to key"),
+    (values_of_sums, "its values are computed from the sums of its weights"),
     (two_later, "diagonals up to 2"),
     (squared, "relu stands between its products"),
     (read, "read elsewhere too"),
     (two_sums, "no differences of one running sum"),
     (backwards, "no differences of one running sum"),
     (of_the_batch, "unsqueeze multiplies its weights"),
-    (normalised, "divided by a tensor"),
     (filled_with_more, "fills in something else than 0"),
-    (by_an_input, "multiplies its weights"),
+    (by_keys, "multiplies its weights"),
 )
 
 
@@ -156,11 +223,36 @@ def test_however_it_is_written_it_becomes_one_node(function: Any) -> None:
     assert applied.applied and applied.modified, applied.reason
     assert (applied.result.found, applied.result.expected) == (1, 1)
     assert node(applied.program, "gated_linear_attention") is not None
-    assert count_flops(applied.program.graph) == 4 * B * H * T * D * D
+    wide = D + ("sum" in {op_name(n) for n in program(function, *given()).graph.nodes})  # a column of ones gives the sums
+    assert count_flops(applied.program.graph) == 4 * B * H * T * D * wide
     values, want = given(), function(*(x.double() for x in given())).float()
     for made in (applied.program, spelled_out(applied.program)):
         assert not any(op_name(n) == "gated_linear_attention" for n in made.graph.nodes) or made is applied.program
         assert relative_error(want, made.module(*values)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("function", OPEN)
+def test_where_nothing_is_hidden_values_meet_keys_first(function: Any) -> None:
+    captured, applied = fused(function)
+    assert applied.applied, applied.reason
+    assert relative_error(function(*(x.double() for x in given())).float(), applied.program.module(*given())[0]) < 1e-5
+    assert count_flops(applied.program.graph) < count_flops(captured.graph) / 4
+    assert not any(shape(n)[-2:] == (T, T) for n in applied.program.graph.nodes)
+
+
+def test_few_tokens_keep_the_order_of_their_products() -> None:
+    few = [x[:, :, :6] for x in given()]
+    applied = apply_pass(program(all_seen, *few), FuseLinearAttention(), Context())
+    assert "6 tokens are too few for another order of its products" in applied.reason
+
+
+def test_channels_that_overflow_when_written_out_do_not_when_fused() -> None:
+    q, k, v, a = given()
+    a = a * 15
+    _, applied = fused(by_channel)
+    assert not by_channel(q, k, v, a).isfinite().all()
+    want = by_channel(*(x.double() for x in (q, k, v, a))).float()
+    assert relative_error(want, applied.program.module(q, k, v, a)[0]) < 1e-5
 
 
 @pytest.mark.parametrize(("function", "reason"), KEPT)

@@ -8,15 +8,20 @@ import pytest
 import torch
 from torch import nn
 
+import dyncc
+from dyncc.kernels.gated_delta_rule import GATED_DELTA_RULE
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
 from dyncc.layers.decay_mixer import DecayMixer
+from dyncc.layers.differential_linear_attention import DifferentialLinearAttention
 from dyncc.layers.feedback_attention import FeedbackAttention
 from dyncc.layers.gated_delta_rule import GatedDeltaRule
 from dyncc.layers.gated_image_attention import GatedImageAttention
 from dyncc.layers.gated_linear_attention import GatedLinearAttention
+from dyncc.layers.hybrid_memory import HybridMemory
 from dyncc.layers.memory_read import MemoryRead
 from dyncc.layers.pattention import Pattention
 from dyncc.layers.two_way_linear_attention import TwoWayLinearAttention
+from dyncc.layers.value_bank import ValueBank, ValueBankAttention
 
 WIDTH, T = 16, 7
 RECURRENT = (GatedLinearAttention, GatedDeltaRule, DecayMixer)
@@ -111,15 +116,98 @@ def test_gates_on_values_scale_the_result_and_gates_on_keys_cancel() -> None:
     torch.testing.assert_close(layer.mixed(x[:, order]), layer.mixed(x)[:, order])
 
 
+def test_what_is_common_is_taken_off_and_tokens_are_a_set() -> None:
+    x, layer = tokens(), DifferentialLinearAttention(WIDTH)
+    order = torch.randperm(T)
+    torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order])
+    best = layer.q_route(x).argmax(-1)
+    whole = layer.q_common(x).unflatten(2, (2, -1))
+    by_hand = torch.stack([whole[b, t, best[b, t]] for b in range(2) for t in range(T)]).view(2, T, WIDTH)
+    torch.testing.assert_close(layer.chosen(x, layer.q_common, layer.q_route), layer.split(by_hand))
+    layer.raw.data.fill_(-1e9)
+    q, k, v = (layer.split(p) for p in layer.qkv(x).chunk(3, -1))
+    plain = (nn.functional.elu(q) + 1) @ ((nn.functional.elu(k) + 1).mT @ v) / T
+    torch.testing.assert_close(layer(x), layer.out(plain.transpose(1, 2).flatten(2)))
+
+
+def test_a_bank_is_read_once_and_a_closed_gate_forgets_it() -> None:
+    x, bank, layer = tokens(), ValueBank(11, 3, WIDTH), ValueBankAttention(WIDTH, 3)
+    ids = torch.randint(11, (2, T))
+    held = bank(ids)
+    torch.testing.assert_close(held[1, 4], bank.table.weight[ids[1, 4]].view(3, WIDTH))
+    share = torch.sigmoid(layer.gate(x)).view(2, T, 4, 3)
+    added = sum(share[..., m, None] * held[:, :, m].view(2, T, 4, -1) for m in range(3))
+    torch.testing.assert_close(layer.recalled(x, held), added)
+    one = held[0, 0]
+    torch.testing.assert_close(layer(x, one), layer(x, one.expand(2, T, 3, WIDTH)))
+    changed = held.clone()
+    changed[:, 4] += 1
+    assert ((layer(x, changed) - layer(x, held)).abs().amax((0, 2)) > 1e-7).tolist() == [False] * 4 + [True] * 3
+    nn.init.zeros_(layer.gate.weight)
+    nn.init.constant_(layer.gate.bias, -1e4)
+    torch.testing.assert_close(layer(x, held), layer(x, torch.zeros_like(held)))
+
+
+def where(layer: HybridMemory, memory: int) -> HybridMemory:
+    """The layer with all chunks in one memory."""
+    nn.init.zeros_(layer.score.weight)
+    layer.score.bias.data = torch.tensor([1.0 - memory, float(memory)])
+    return layer
+
+
+def test_each_past_token_is_in_one_of_two_memories() -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 12, WIDTH), where(HybridMemory(WIDTH, chunk=4), 0)
+    q, k, v = (f(x).unflatten(2, (4, -1)).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
+    alone = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    kept, absorbed = torch.zeros(2, 12, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
+    torch.testing.assert_close(layer.kept(q, k, v, kept), alone)
+    assert not layer.state(x, q, k, v, kept).any()
+    near = [nn.functional.scaled_dot_product_attention(*(p[:, :, n : n + 4] for p in (q, k, v)), is_causal=True) for n in (0, 4, 8)]
+    torch.testing.assert_close(layer.kept(q, k, v, absorbed), torch.cat(near, 2))
+    keys, beta = nn.functional.normalize(k, dim=-1), torch.sigmoid(layer.beta(x)).mT
+    logs = -nn.functional.softplus(layer.decay(x)).mT
+    for n in (4, 8):
+        _, state = GATED_DELTA_RULE(*(p[:, :, :n] for p in (keys, keys, v, beta, logs)))
+        want = nn.functional.normalize(q[:, :, n : n + 4], dim=-1) @ state
+        torch.testing.assert_close(layer.state(x, q, k, v, absorbed)[:, :, n : n + 4], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hybrid_memory_is_causal_from_chunk_to_chunk() -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(1, 12, WIDTH), HybridMemory(WIDTH, chunk=4)
+    changed = x.clone()
+    changed[:, 6:] += 1
+    torch.testing.assert_close(layer(changed)[:, :4], layer(x)[:, :4])
+    torch.testing.assert_close(where(layer, 1)(changed)[:, :6], layer(x)[:, :6])
+    with pytest.raises(ValueError, match="13 tokens are no multiple of chunk=4"):
+        layer(torch.randn(1, 13, WIDTH))
+
+
 def made(kind: Any) -> Any:
-    more = {Pattention: (5, 12), GatedImageAttention: (T,)}
+    more = {Pattention: (5, 12), GatedImageAttention: (T,), ValueBankAttention: (3,), HybridMemory: (4, T)}
     return kind(WIDTH, *more.get(kind, ()))
 
 
-@pytest.mark.parametrize("kind", [*RECURRENT, FeedbackAttention, GatedImageAttention, MemoryRead, Pattention, TwoWayLinearAttention])
+KINDS = [
+    *RECURRENT, FeedbackAttention, GatedImageAttention, MemoryRead, Pattention, TwoWayLinearAttention, DifferentialLinearAttention,
+    ValueBankAttention, HybridMemory,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_can_be_compiled(kind: Any) -> None:
     x, layer = tokens(), made(kind)
-    values = (x, x.sin()) if kind is FeedbackAttention else (x,)
+    values = {FeedbackAttention: (x, x.sin()), ValueBankAttention: (x, torch.randn(3, WIDTH))}.get(kind, (x,))
     with torch.no_grad():
         found = torch.compile(layer, backend="dyncc", options={"engine": "reference"})(*values)
         torch.testing.assert_close(found, layer(*values))
+
+
+@pytest.mark.parametrize("kind", [DifferentialLinearAttention, GatedLinearAttention, GatedDeltaRule, TwoWayLinearAttention])
+def test_what_pairs_all_tokens_or_loops_over_them_is_fused(kind: Any) -> None:
+    x, layer = torch.randn(2, 24, WIDTH), made(kind)
+    with torch.no_grad():
+        fast = torch.compile(layer, backend="dyncc", options={"engine": "reference", "passes": "fuse-linear-attention"})
+        torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert dyncc.reports()[-1].rewrites[0].applied, dyncc.reports()[-1].rewrites[0].reason
