@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from dyncc.calibrate import calibrate_pairs
     from dyncc.catalogue import PassInfo, list_passes
     from dyncc.errors import DynccError, DynccUsageError, RefusedError
+    from dyncc.fitted import save_parameters
+    from dyncc.fitting.run import fit
     from dyncc.given_weights import save_gates, save_lookahead
     from dyncc.kv_cache import KVCache
     from dyncc.report import Region, Report, Rewrite, reports
@@ -27,18 +29,21 @@ _PLACES = {
     "calibrate_pairs": "calibrate",
     "Rewrite": "report",
     "explain": "runtime",
+    "fit": "fitting.run",
     "list_passes": "catalogue",
     "load": "artefact",
     "optimize": "runtime",
     "reports": "report",
     "save_gates": "given_weights",
     "save_lookahead": "given_weights",
+    "save_parameters": "fitted",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite",
-    "calibrate_pairs", "explain", "list_passes", "load", "optimize", "reports", "save_gates", "save_lookahead",
+    "calibrate_pairs", "explain", "fit", "list_passes", "load", "optimize", "reports", "save_gates", "save_lookahead",
+    "save_parameters",
 ]  # fmt: skip
 
 

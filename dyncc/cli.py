@@ -1,4 +1,4 @@
-"""The command line: `dyncc passes | explain | bench | convert | kernels | demo | cache`.
+"""The command line: `dyncc passes | explain | bench | convert | fit | kernels | demo | cache`.
 
 Results go to stdout (with --json as JSON), messages to stderr. Exit codes: 0 done, 1 a check failed, 2 bad use or input.
 Whatever takes long to import is imported inside the command that needs it.
@@ -29,6 +29,7 @@ Model = Annotated[str, typer.Argument(help="module:factory, a .pt2 file, or a fo
 Passes = Annotated[str | None, typer.Option(help="pipeline text, such as 'evit{keep=0.7}'; default: the exact passes", metavar="TEXT")]
 Engine = Annotated[str, typer.Option(help="inductor, onnxruntime, openvino, reference or auto (measures once)")]
 PEERS_HELP = "what to compare with, of eager, inductor, onnxruntime, openvino and transformers-onnx"
+DATA_HELP = "module:function (returns calls of one size), a .safetensors file, or text for a model folder"
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
 
@@ -143,6 +144,31 @@ def convert(
         settings: dict[str, Any] = {"passes": passes, "engine": engine, "evidence": evidence, "strict": strict}
         written = convert_model(*load(model), output, verify=verify, dynamic=dynamic, tell=_note, **settings)
     return _print_json(written) if as_json else _print(_written(written))
+
+
+@app.command()
+def fit(
+    model: Model,
+    data: Annotated[str, typer.Option(help=DATA_HELP, metavar="DATA")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for parameters.safetensors; a fit cut off goes on from there")],
+    plan: Annotated[str, typer.Option(help="what to fit, such as 'exits{layers=8,16 probe=true} units{rank=32} drops'", metavar="TEXT")],
+    length: Annotated[int, typer.Option(min=1, help="tokens a row of a text file")] = 512,
+    as_json: Json = False,
+) -> int:
+    """Fit exit maps, surrogates of layers or a ranking of layers in closed form on calibration data, read once."""
+    from dyncc.progress import progress
+
+    with _quiet_stdout(), progress() as tell:
+        from dyncc.fitting.calibration import Batch, open_data
+        from dyncc.fitting.parts import parts_of
+        from dyncc.fitting.run import fit as fit_model
+        from dyncc.loading import load
+
+        parts_of(plan)
+        loaded = load(model)
+        found = open_data(data, model, Batch(loaded.args, loaded.kwargs), length)
+        fitted = fit_model(loaded.model, data=found, plan=plan, output=output, progress=tell)
+    return _print_json(fitted.to_dict()) if as_json else _print(str(fitted))
 
 
 def _written(result: dict[str, Any]) -> str:

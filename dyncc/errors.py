@@ -176,9 +176,33 @@ class UnsupportedModel(DynccUsageError):
 
 
 class BadCalibration(DynccUsageError):
-    """`dyncc.calibrate_pairs` was given a model or texts that it cannot learn from."""
+    """`dyncc fit` or `dyncc.calibrate_pairs` was given a model or data that it cannot learn from."""
 
     template = "cannot calibrate: {problem}"
+
+
+class NotFinite(DynccUsageError):
+    """Calibration data makes the model give NaN or infinite numbers: nothing can be fitted on them."""
+
+    template = "cannot fit: {where}, batch {batch} of the data gives NaN or infinite activations; leave it out, or mend the model"
+
+
+class UnknownFit(DynccUsageError):
+    """A plan of `dyncc fit` names a part that does not exist."""
+
+    template = "unknown part {name!r} of a plan to fit{near}; choose from {known}"
+
+
+class BadParameters(DynccUsageError):
+    """Parameters that were given to be saved have unknown names or wrong shapes."""
+
+    template = "cannot save these parameters: {problem}"
+
+
+class BadParameterFile(DynccUsageError):
+    """A file of fitted parameters that is missing, damaged, or made for another model."""
+
+    template = "cannot take fitted parameters from {path}: {problem}; `dyncc fit` writes such files"
 
 
 class BadPairFile(DynccUsageError):

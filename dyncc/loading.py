@@ -53,16 +53,26 @@ def load(name: str) -> Loaded:
 
 def _from_factory(module_name: str, function_name: str) -> Loaded:
     label = f"{module_name}:{function_name}"
+    return _inputs(f"factory {label!r}", call_factory(label))
+
+
+def call_factory(label: str) -> Any:
+    """What the function of a text `module:function` returns.
+
+    Raises:
+        ModelNotFound: there is no such module or function.
+        FactoryRaised: it, or the module, raised.
+    """
+    module_name, _, function_name = label.partition(":")
     with _importable(Path.cwd(), module_name.partition(".")[0]):
         function = getattr(_module(module_name, label), function_name, None)
         if not callable(function):
             known = [name for name in dir(sys.modules[module_name]) if name[0] != "_"]
             raise ModelNotFound(name=label, problem=f"module {module_name!r} has no function {function_name!r}{near(function_name, known)}")
         try:
-            returned = function()
+            return function()
         except Exception as error:
             raise FactoryRaised(name=f"factory {label!r}", error=_told(error)) from error
-    return _inputs(f"factory {label!r}", returned)
 
 
 def _module(module_name: str, label: str) -> Any:

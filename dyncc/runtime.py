@@ -269,7 +269,7 @@ def optimize(
     program, signature = from_model(model, tuple(args), kwargs, dynamic_shapes)
     report.seconds["capture"] = time.perf_counter() - start
     calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
-    flat = [_flat_example(program, signature, a, k) for a, k in calls]
+    flat = [flat_example(program, signature, a, k) for a, k in calls]
     outcome = _rewrite(program, settings, flat, report)
     optimized = Optimized(outcome, signature, settings, report, (tuple(args), _ordered(kwargs or {}, signature.in_spec)))
     if engine not in ALWAYS:
@@ -298,8 +298,15 @@ def _rewrite(program: Program, settings: Settings, flat: list[list[Any]], report
         return Outcome(program, program, ())
 
 
-def _flat_example(program: Program, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    leaves, _ = pytree.tree_flatten((args, _ordered(kwargs, signature.in_spec)))
+def flat_example(program: Program, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """A call's tensors in the program's order, behind the model's state.
+
+    Raises:
+        InputMismatch: they do not fit what was captured.
+    """
+    leaves, spec = pytree.tree_flatten((args, _ordered(kwargs, signature.in_spec)))
+    if spec != signature.in_spec:
+        raise InputMismatch(problem="the call's arguments are arranged in another way than at capture", hint="pass the same ones")
     flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
     check_inputs(program, flat)
     return flat

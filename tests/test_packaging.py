@@ -19,7 +19,8 @@ ROOMS = {"dyncc": "dyncc", "dyncc.passes": "passes", "dyncc.kernels": "kernels",
 
 # Stage -> what belongs to it; a stage imports its own and earlier ones. What is not listed may import everything.
 STAGES = (
-    ("base", ("errors", "options", "outputs", "verdicts", "evidence", "timing", "weights", "stamped_file", "pair_order", "given_weights")),
+    ("base", ("errors", "options", "outputs", "verdicts", "evidence", "timing", "weights", "stamped_file", "pair_order", "given_weights",
+              "fitted")),
     ("kernels", ("kernels",)),
     ("capture", ("ir", "capture", "canonical", "exported", "own_ops", "serialised")),
     ("analysis", ("analysis", "flops")),
