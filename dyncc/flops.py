@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import fx
 
 from dyncc.ir import ATTENTION, ancestors, hint, is_tensor, op_name, operands, outputs, shape
 
 RECURRENT = {"gated_linear_attention": 4, "gated_delta_rule": 6}
 """Operations a token, channel of keys and channel of values: written to the state, read from it, and read before it is replaced."""
+COND = torch.ops.higher_order.cond
 
 
 def count_flops(graph: fx.Graph) -> int:
-    """Multiply-adds count two; symbolic sizes take their values in the example inputs; dead nodes count nothing."""
+    """Multiply-adds count two; symbolic sizes take their values in the example inputs; dead nodes count nothing; of the two sides of a
+    condition the dearer one counts."""
     live = ancestors(n for n in outputs(graph) if isinstance(n, fx.Node))
-    return sum(_flops(n) for n in graph.nodes if n in live and n.op == "call_function" and (is_tensor(n) or op_name(n) in RECURRENT))
+    calls = [n for n in graph.nodes if n in live and n.op == "call_function"]
+    return sum(_dearest(n) if n.target is COND else _flops(n) for n in calls if is_tensor(n) or op_name(n) in RECURRENT or n.target is COND)
+
+
+def _dearest(node: fx.Node) -> int:
+    modules = [getattr(node.graph.owning_module, str(body.target)) for body in node.args[1:3]]  # type: ignore[union-attr]
+    return max(count_flops(module.graph) for module in modules)
 
 
 def _flops(node: fx.Node) -> int:

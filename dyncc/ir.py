@@ -187,8 +187,8 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
         stream = iter(values)
         return function(*[next(stream) if isinstance(a, fx.Node) else a for a in args])
 
-    values = [n.meta["val"] for n in nodes]
     with on_fakes(fake_mode_of(graph)):
+        values = _apart([n.meta["val"] for n in nodes])
         traced = make_fx(on_values, tracing_mode="real", pre_dispatch=pre_dispatch)(*values)
     env: dict[fx.Node, Any] = {}
     stream = iter(nodes)
@@ -206,6 +206,17 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
             else:
                 env[n] = env[n.args[0]]
     return result
+
+
+def _apart(values: list[Any]) -> list[Any]:
+    """The values, each an object of its own: tracing tells tensors apart by identity, and copies of a node share their fake value."""
+    seen: set[int] = set()
+    made = []
+    for value in values:
+        again = isinstance(value, torch.Tensor) and id(value) in seen
+        made.append(value.detach() if again else value)
+        seen.add(id(value))
+    return made
 
 
 def constant(before: fx.Node, tensor: torch.Tensor) -> fx.Node:

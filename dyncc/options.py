@@ -118,7 +118,7 @@ _asked: set[str] = set()
 
 def _keep(option: str, text: str) -> Keep:
     parts = tuple(_number(option, part) for part in text.split(","))
-    if 1 in parts and any(isinstance(part, int) and part == 1 for part in parts) and option not in _asked:
+    if option == "keep" and any(isinstance(part, int) and part == 1 for part in parts) and option not in _asked:
         _asked.add(option)
         warnings.warn(f"{option}=1 keeps 1 token; did you mean 1.0?", UserWarning, stacklevel=2)
     keep = parts[0] if len(parts) == 1 else parts

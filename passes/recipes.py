@@ -259,8 +259,19 @@ TIDALDECODE = Recipe(
     confidence="high",
 )
 
+CALM = Recipe(
+    name="calm",
+    pass_name="exit-early",
+    options={"layers": "25%,50%,75%", "score": "margin", "threshold": "0.9", "decay": "4.0", "steps": "512"},
+    citation="Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022",
+    needs="training-free",
+    note="margin of the two best tokens; score=saturation is the paper's second score. The threshold decays with the tokens read, which a "
+    "graph knows, where the paper counts those written. For a first token or an encoder's result: graphs that return keys are refused",
+    confidence="high",
+)
+
 RECIPES: tuple[Recipe, ...] = (
     EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, ACTQKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
-    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, TOVA,
+    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, TOVA, CALM,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

@@ -24,7 +24,7 @@ STAGES = (
     ("kernels", ("kernels",)),
     ("capture", ("ir", "capture", "canonical", "exported", "own_ops", "serialised")),
     ("analysis", ("analysis", "flops")),
-    ("rewrite", ("rewrite", "restrict", "masked", "passes", "pipeline", "catalogue")),
+    ("rewrite", ("rewrite", "restrict", "region", "branch", "masked", "passes", "pipeline", "catalogue")),
     ("backends", ("backends",)),
 )
 FAMILIES = {

@@ -1,0 +1,156 @@
+"""exit-early: rows that are sure of their result after a chosen layer leave with it, and the rest of the model runs for the others.
+
+At each site the model's own head (the graph behind its last layer) is computed on the state h_l there, behind a fitted affine map where a
+file gives one. A row leaves at the first site whose score reaches the threshold; what lies between two sites is a branch (dyncc/branch.py)
+on the rows that stayed. Decisions are each row's own. Lossy; with a threshold above 1 no row leaves, at 0 all leave at the first site.
+Side conditions: nothing else that the caller gets, keys and values among them, is made behind the first site.
+Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022; the map in front of the head: Din et al., Jump to Conclusions, 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import fx
+
+from dyncc.analysis.axes import Axes
+from dyncc.analysis.facts import Facts
+from dyncc.analysis.layers import Stack
+from dyncc.branch import Branch, branch
+from dyncc.errors import BadOptionValue
+from dyncc.ir import Program, emit, hint, shape, val
+from dyncc.options import Keep, Layers, settle
+from dyncc.passes.exit_heads import Head, find_head, put_head, row_of
+from dyncc.passes.exit_scores import OF_LOGITS, Score, decayed, saturation
+from dyncc.passes.reads import output_reads
+from dyncc.region import Rows, find_region
+from dyncc.restrict import Refusal
+from dyncc.rewrite import Context, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place to leave: the state h_l [B, T, D], what the head gives there, and which rows are sure, [B] bool."""
+
+    layer: int
+    state: fx.Node
+    answers: tuple[fx.Node, ...]
+    sure: fx.Node
+
+
+@dataclass(frozen=True)
+class ExitEarly(Pass):
+    """Let rows leave after the given layers where `score` is at least `threshold`."""
+
+    name: ClassVar[str] = "exit-early"
+    summary: ClassVar[str] = "rows that are sure of their result after a chosen layer skip the layers behind it"
+    exact: ClassVar[bool] = False
+
+    layers: Layers = Layers("25%,50%,75%")
+    score: Score = "max-prob"
+    threshold: float = 0.9
+    decay: float = 0.0
+    steps: int = 512
+    realise: Literal["auto", "select", "cond", "compact", "static"] = "auto"
+    buckets: Keep = (0.125, 0.25, 0.5)
+
+    def __post_init__(self) -> None:
+        settle(self)
+        for option, value, right, problem in (
+            ("threshold", self.threshold, self.threshold >= 0, "scores lie between 0 and 1; above 1 no row leaves"),
+            ("decay", self.decay, self.decay >= 0, "it must not be negative"),
+            ("steps", self.steps, self.steps > 0, "it must be positive"),
+        ):
+            if not right:
+                raise BadOptionValue(option=option, value=str(value), problem=problem)
+
+    def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
+        """Put exits on the one stack of layers that the outputs come from."""
+        stack = _stack(facts)
+        layers = tuple(dict.fromkeys(self.layers.resolve(len(stack.layers))))
+        if layers[-1] == len(stack.layers) - 1:
+            raise Refusal(f"no layer is left to skip after layer {layers[-1]}, the last one; choose an earlier layer")
+        head = find_head(program.graph, facts.axes, stack, output_reads(program, facts, stack))
+        if self.realise == "static":
+            return self._cut(program, stack, head, layers)
+        sites = [self._site(program, stack, head, layer) for layer in layers]
+        rows = Rows(axes := Axes(program.graph), axes.dims(sites[0].state)[0])
+        for i in reversed(range(len(sites))):
+            self._skip(program, sites[i], sites[i + 1] if i + 1 < len(sites) else None, head, rows)
+        return PassResult(len(sites), len(sites), pays_from=_pays(layers, len(stack.layers)))
+
+    def _cut(self, program: Program, stack: Stack, head: Head, layers: tuple[int, ...]) -> PassResult:
+        """Every row leaves after the one layer: the static graph of one level."""
+        if len(layers) > 1:
+            raise Refusal("realise=static leaves after one layer; give one in layers")
+        state = stack.layers[layers[0]].end
+        answers = put_head(head, state, None, state.next)
+        for old, new in zip(head.suffix.exits, answers, strict=True):
+            old.replace_all_uses_with(new)
+        return PassResult(1, 1)
+
+    def _site(self, program: Program, stack: Stack, head: Head, layer: int) -> Site:
+        """The head behind a layer, and which rows are sure there."""
+        state = stack.layers[layer].end
+        before = state.next
+        answers = put_head(head, state, None, before)
+        score = self._score(head, answers[0], state, stack.layers[layer].start, before)
+        tokens = shape(state)[stack.dim]
+        limit = partial(decayed, self.threshold, self.decay, self.steps) if self.decay else (lambda tokens: self.threshold)
+        sure = emit(before, lambda s, x: s >= limit(x.shape[stack.dim] if not isinstance(tokens, int) else tokens), score, state)
+        return Site(layer, state, answers, sure)
+
+    def _score(self, head: Head, answer: fx.Node, state: fx.Node, former: fx.Node, before: fx.Node) -> fx.Node:
+        found: fx.Node
+        if self.score == "saturation":
+            rows = [row_of(head, n, before) for n in (state, former)]
+            found = emit(before, saturation, *rows)
+        elif self.score in OF_LOGITS:
+            sizes = shape(answer)
+            if len(sizes) < 2 or any(s != 1 for s in sizes[1:-1]) or not val(answer).is_floating_point():
+                raise Refusal(
+                    f"score={self.score} needs logits of one position a row, and the first output is {list(sizes)}; "
+                    "ask for the last position only (such as logits_to_keep=1), or use score=saturation"
+                )
+            found = emit(before, lambda x: OF_LOGITS[self.score](x.flatten(0, -2)), answer)
+        else:
+            raise Refusal("score=probe needs fitted weights")
+        return found
+
+    def _skip(self, program: Program, site: Site, following: Site | None, head: Head, rows: Rows) -> None:
+        """What lies between two sites, or behind the last one, runs for the rows that stayed."""
+        exits = (following.state, *following.answers, following.sure) if following else head.suffix.exits
+        otherwise = (site.state, *site.answers, site.sure) if following else site.answers
+        region = find_region([site.state], exits)
+        active = emit(site.sure.next, torch.logical_not, site.sure)
+        made = Branch(region, active, otherwise, rows)
+        size = hint(shape(site.state)[0])
+        realise = ("compact" if size > 1 else "cond") if self.realise == "auto" else self.realise
+        branch(program, made, realise, self._buckets(size))  # type: ignore[arg-type]
+
+    def _buckets(self, size: int) -> list[int]:
+        """Numbers of rows that the rest of the model is compiled for, besides the whole batch."""
+        given = self.buckets if isinstance(self.buckets, tuple) else (self.buckets,)
+        counts = {b if isinstance(b, int) else max(1, round(b * size)) for b in given}
+        return sorted(c for c in counts if c < size)
+
+
+def _stack(facts: Facts) -> Stack:
+    if not facts.stacks:
+        raise Refusal(facts.misses[0] if facts.misses else "no attention layers were found")
+    if len(facts.stacks) > 1:
+        raise Refusal(f"the model has {len(facts.stacks)} stacks of layers, and it is not clear which one rows would leave")
+    stack = facts.stacks[0]
+    if stack.tail:
+        raise Refusal("the last layer was already cut down to the rows that are read; run exit-early before slice-last-token")
+    if stack.dim != 1:
+        raise Refusal("the token axis is not dimension 1 of the residual stream")
+    return stack
+
+
+def _pays(layers: tuple[int, ...], count: int) -> str:
+    skipped = count - 1 - layers[0]
+    return f"rows that leave after layer {layers[0]} skip {skipped} of {count} layers; where none leaves it costs {len(layers)} heads more"
