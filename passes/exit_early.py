@@ -9,22 +9,25 @@ Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022; the map in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dyncc.analysis.axes import Axes
 from dyncc.analysis.facts import Facts
-from dyncc.analysis.layers import Stack
+from dyncc.analysis.layers import Layer, Stack
 from dyncc.branch import Branch, branch
 from dyncc.errors import BadOptionValue
+from dyncc.fitted import Parameters, load_fitted
 from dyncc.ir import Program, emit, hint, shape, val
 from dyncc.options import Keep, Layers, settle
-from dyncc.passes.exit_heads import Head, find_head, put_head, row_of
-from dyncc.passes.exit_scores import OF_LOGITS, Score, decayed, saturation
+from dyncc.pass_tensors import brought, check_belongs
+from dyncc.passes.exit_heads import Head, Map, find_head, put_head, row_of
+from dyncc.passes.exit_scores import OF_LOGITS, Score, decayed, probe, saturation
 from dyncc.passes.reads import output_reads
 from dyncc.region import Rows, find_region
 from dyncc.restrict import Refusal
@@ -56,9 +59,12 @@ class ExitEarly(Pass):
     steps: int = 512
     realise: Literal["auto", "select", "cond", "compact", "static"] = "auto"
     buckets: Keep = (0.125, 0.25, 0.5)
+    file: str | None = None
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.score == "probe" and self.file is None:
+            raise BadOptionValue(option="score", value="probe", problem="it needs file=, fitted parameters that hold probes")
         for option, value, right, problem in (
             ("threshold", self.threshold, self.threshold >= 0, "scores lie between 0 and 1; above 1 no row leaves"),
             ("decay", self.decay, self.decay >= 0, "it must not be negative"),
@@ -67,12 +73,32 @@ class ExitEarly(Pass):
             if not right:
                 raise BadOptionValue(option=option, value=str(value), problem=problem)
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The maps and probes of the file."""
+        given = self._fitted()
+        return {} if given is None else given.of(sorted(n for n in given.held.tensors if n.startswith("exit.")))
+
+    def _fitted(self) -> Parameters | None:
+        return None if self.file is None else load_fitted(self.file)
+
+    def _map(self, program: Program, layer: int) -> Map | None:
+        """The fitted map in front of the head of a layer; a file of probes may hold none."""
+        given, name = self._fitted(), f"exit.{layer}.map"
+        if given is None or (self.score == "probe" and f"{name}.weight" not in given):
+            return None
+        weight, bias = given.of([f"{name}.weight", f"{name}.bias"])
+        return brought(program, weight), brought(program, bias)
+
     def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
         """Put exits on the one stack of layers that the outputs come from."""
         stack = _stack(facts)
         layers = tuple(dict.fromkeys(self.layers.resolve(len(stack.layers))))
         if layers[-1] == len(stack.layers) - 1:
             raise Refusal(f"no layer is left to skip after layer {layers[-1]}, the last one; choose an earlier layer")
+        given = self._fitted()
+        if given is not None:
+            width = hint(shape(stack.layers[0].end)[-1])
+            check_belongs(given, program, context.values, width)
         head = find_head(program.graph, facts.axes, stack, output_reads(program, facts, stack))
         if self.realise == "static":
             return self._cut(program, stack, head, layers)
@@ -87,7 +113,7 @@ class ExitEarly(Pass):
         if len(layers) > 1:
             raise Refusal("realise=static leaves after one layer; give one in layers")
         state = stack.layers[layers[0]].end
-        answers = put_head(head, state, None, state.next)
+        answers = put_head(head, state, self._map(program, layers[0]), state.next)
         for old, new in zip(head.suffix.exits, answers, strict=True):
             old.replace_all_uses_with(new)
         return PassResult(1, 1)
@@ -96,28 +122,25 @@ class ExitEarly(Pass):
         """The head behind a layer, and which rows are sure there."""
         state = stack.layers[layer].end
         before = state.next
-        answers = put_head(head, state, None, before)
-        score = self._score(head, answers[0], state, stack.layers[layer].start, before)
+        answers = put_head(head, state, self._map(program, layer), before)
+        score = self._score(program, head, answers[0], stack.layers[layer], before)
         tokens = shape(state)[stack.dim]
         limit = partial(decayed, self.threshold, self.decay, self.steps) if self.decay else (lambda tokens: self.threshold)
         sure = emit(before, lambda s, x: s >= limit(x.shape[stack.dim] if not isinstance(tokens, int) else tokens), score, state)
         return Site(layer, state, answers, sure)
 
-    def _score(self, head: Head, answer: fx.Node, state: fx.Node, former: fx.Node, before: fx.Node) -> fx.Node:
+    def _score(self, program: Program, head: Head, answer: fx.Node, layer: Layer, before: fx.Node) -> fx.Node:
+        """[B], how sure each row is behind a layer."""
+        given = self._fitted()
         found: fx.Node
         if self.score == "saturation":
-            rows = [row_of(head, n, before) for n in (state, former)]
-            found = emit(before, saturation, *rows)
-        elif self.score in OF_LOGITS:
-            sizes = shape(answer)
-            if len(sizes) < 2 or any(s != 1 for s in sizes[1:-1]) or not val(answer).is_floating_point():
-                raise Refusal(
-                    f"score={self.score} needs logits of one position a row, and the first output is {list(sizes)}; "
-                    "ask for the last position only (such as logits_to_keep=1), or use score=saturation"
-                )
-            found = emit(before, lambda x: OF_LOGITS[self.score](x.flatten(0, -2)), answer)
+            found = emit(before, saturation, *[row_of(head, n, before) for n in (layer.end, layer.start)])
+        elif self.score == "probe" and given is not None:
+            names = given.of([f"exit.{layer.index}.probe.{part}" for part in ("weight", "bias")])
+            found = emit(before, probe, row_of(head, layer.end, before), *[brought(program, n) for n in names])
         else:
-            raise Refusal("score=probe needs fitted weights")
+            _check_logits(answer, self.score)
+            found = emit(before, lambda x: OF_LOGITS[self.score](x.flatten(0, -2)), answer)
         return found
 
     def _skip(self, program: Program, site: Site, following: Site | None, head: Head, rows: Rows) -> None:
@@ -149,6 +172,15 @@ def _stack(facts: Facts) -> Stack:
     if stack.dim != 1:
         raise Refusal("the token axis is not dimension 1 of the residual stream")
     return stack
+
+
+def _check_logits(answer: fx.Node, score: str) -> None:
+    sizes = shape(answer)
+    if len(sizes) < 2 or any(s != 1 for s in sizes[1:-1]) or not val(answer).is_floating_point():
+        raise Refusal(
+            f"score={score} needs logits of one position a row, and the first output is {list(sizes)}; "
+            "ask for the last position only (such as logits_to_keep=1), or use score=saturation"
+        )
 
 
 def _pays(layers: tuple[int, ...], count: int) -> str:

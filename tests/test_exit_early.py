@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,47 @@ def test_decay_lowers_the_threshold_with_the_tokens_read() -> None:
     with torch.no_grad():
         limit = decayed(threshold, 4.0, 16, values[0].shape[1])
         torch.testing.assert_close(made(*values), by_hand(DECODER, values, (1, 2), "max-prob", limit), rtol=1e-5, atol=1e-6)
+
+
+def fitted(model: nn.Module, path: Any, layers: tuple[int, ...], **more: torch.Tensor) -> Any:
+    """A file of maps and probes as `dyncc fit` writes them, with random numbers."""
+    draw = torch.Generator().manual_seed(5)
+    width = model.norm.weight.shape[0]
+    tensors = {}
+    for layer in layers:
+        for name, sizes in (("map.weight", (width, width)), ("map.bias", (width,)), ("probe.weight", (1, width)), ("probe.bias", (1,))):
+            tensors[f"exit.{layer}.{name}"] = 0.3 * torch.randn(sizes, generator=draw)
+    return dyncc.save_parameters(model, {**tensors, **more}, path), tensors
+
+
+@pytest.mark.parametrize("engine", ["reference", pytest.param("onnxruntime", marks=pytest.mark.full)])
+def test_maps_and_probes_come_from_a_file(tmp_path: Path, engine: str) -> None:
+    for tiny in (ENCODER, DECODER):
+        model, values = tiny.build(), inputs(tiny, 8)
+        file, given = fitted(model, tmp_path / f"{tiny.kind}.safetensors", (1,))
+        states = []
+        hook = model.blocks[1].register_forward_hook(lambda module, args, result, states=states: states.append(result[0]))
+        with torch.no_grad():
+            dense = model(*values)
+            hook.remove()
+            row = states[0][:, 0 if tiny.kind == "encoder" else -1]
+            early = model.head(model.norm(row @ given["exit.1.map.weight"].T + given["exit.1.map.bias"]))
+            sure = torch.sigmoid(row @ given["exit.1.probe.weight"][0] + given["exit.1.probe.bias"])
+            threshold = float(sure.sort().values[3:5].mean())
+            made = optimized(model, values, f"layers=1 score=probe threshold={threshold} file={file}", engine=engine)
+            torch.testing.assert_close(made(*values), torch.where(sure[:, None] >= threshold, early, dense), rtol=1e-4, atol=1e-5)
+            cut = optimized(model, values, f"layers=1 realise=static file={file}", engine=engine)
+            torch.testing.assert_close(cut(*values), early, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_must_belong_to_the_model(tmp_path: Path) -> None:
+    model, values = ENCODER.build(), inputs(ENCODER)
+    file, _ = fitted(model, tmp_path / "a.safetensors", (1,))
+    with pytest.raises(DynccUsageError, match="another model"):
+        optimized(ENCODER.with_(seed=1).build(), values, f"layers=1 file={file}")
+    with pytest.raises(DynccUsageError, match=r"no exit\.2\.map\.weight"):
+        optimized(model, values, f"layers=2 file={file}")
+    with pytest.raises(DynccUsageError, match="there is no such file"):
+        optimized(model, values, f"layers=1 file={tmp_path / 'none.safetensors'}")
+    with pytest.raises(DynccUsageError, match="needs file="):
+        optimized(model, values, "layers=1 score=probe")
