@@ -19,6 +19,7 @@ from dyncc.driver import rewrite
 from dyncc.engines import lowered
 from dyncc.errors import DynccError, DynccUsageError, RefusedError
 from dyncc.ir import hint
+from dyncc.pass_tensors import brought_by, with_tensors
 from dyncc.report import Report, add_report, take_back
 from dyncc.settings import Settings, settings_from
 
@@ -73,6 +74,9 @@ def _compile(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, 
     program = from_dynamo(gm, example_inputs)
     example = [hint(v) if isinstance(v, torch.SymInt) else v for v in example_inputs]
     program, settings = serve_caches(program, settings, report, example)
+    tensors = brought_by(settings.passes, program)
+    program = with_tensors(program, tensors, len(program.inputs))
+    example, example_inputs = [*example, *tensors.values()], [*example_inputs, *tensors.values()]
     report.seconds["capture"] = time.perf_counter() - start
     if report.graph_break and count(program.graph, *ATTENTION_LIKE):
         settings = _without_layer_passes(settings, report)
@@ -80,7 +84,7 @@ def _compile(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, 
     start = time.perf_counter()
     run = lowered(outcome.program, settings, report, example_inputs)
     report.seconds["lowering"] = time.perf_counter() - start
-    return run
+    return (lambda *inputs: run(*inputs, *tensors.values())) if tensors else run
 
 
 def _without_layer_passes(settings: Settings, report: Report) -> Settings:

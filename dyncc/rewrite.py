@@ -8,7 +8,7 @@ promised, and finds out by itself whether anything was modified.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -79,6 +79,10 @@ class Pass:
     def counts_layers(self) -> bool:
         """Whether the options name layers by number: such a pass cannot run on a part of a model."""
         return hasattr(self, "layers")
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What the pass brings into the graph, by names of its own: inputs of the program that `run` gets (pass_tensors.py)."""
+        return {}
 
     def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
         """Edit `program.graph` in place, or raise `Refusal`."""

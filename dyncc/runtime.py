@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dyncc.flops import count_flops
 from dyncc.ir import Program, is_tensor
 from dyncc.masked import Masked, selections
 from dyncc.options import check_engine, check_evidence
+from dyncc.pass_tensors import brought_by, with_tensors
 from dyncc.pipeline import build, render
 from dyncc.report import Report, add_report
 from dyncc.settings import Settings
@@ -267,6 +269,9 @@ def optimize(
     add_report(report)
     start = time.perf_counter()
     program, signature = from_model(model, tuple(args), kwargs, dynamic_shapes)
+    tensors = brought_by(settings.passes, program)
+    program = with_tensors(program, tensors, len(signature.state))
+    signature = replace(signature, state=(*signature.state, *tensors.values()))
     report.seconds["capture"] = time.perf_counter() - start
     calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
     flat = [flat_example(program, signature, a, k) for a, k in calls]

@@ -22,7 +22,7 @@ STAGES = (
     ("base", ("errors", "options", "outputs", "verdicts", "evidence", "timing", "weights", "stamped_file", "pair_order", "given_weights",
               "fitted")),
     ("kernels", ("kernels",)),
-    ("capture", ("ir", "capture", "canonical", "exported", "own_ops", "serialised")),
+    ("capture", ("ir", "capture", "canonical", "exported", "own_ops", "serialised", "pass_tensors")),
     ("analysis", ("analysis", "flops")),
     ("rewrite", ("rewrite", "restrict", "masked", "passes", "pipeline", "catalogue")),
     ("backends", ("backends",)),
