@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dyncc.fitting.run import fit
     from dyncc.given_weights import save_gates, save_lookahead
     from dyncc.kv_cache import KVCache
+    from dyncc.position_levels import PositionLevels, optimize_by_position
     from dyncc.report import Region, Report, Rewrite, reports
     from dyncc.runtime import Optimized, explain, optimize
 
@@ -24,6 +25,7 @@ _PLACES = {
     "RefusedError": "errors",
     "Optimized": "runtime",
     "PassInfo": "catalogue",
+    "PositionLevels": "position_levels",
     "Region": "report",
     "Report": "report",
     "calibrate_pairs": "calibrate",
@@ -33,6 +35,7 @@ _PLACES = {
     "list_passes": "catalogue",
     "load": "artefact",
     "optimize": "runtime",
+    "optimize_by_position": "position_levels",
     "reports": "report",
     "save_gates": "given_weights",
     "save_lookahead": "given_weights",
@@ -41,9 +44,9 @@ _PLACES = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "RefusedError", "Region", "Report", "Rewrite",
-    "calibrate_pairs", "explain", "fit", "list_passes", "load", "optimize", "reports", "save_gates", "save_lookahead",
-    "save_parameters",
+    "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "PositionLevels", "RefusedError", "Region", "Report", "Rewrite",
+    "calibrate_pairs", "explain", "fit", "list_passes", "load", "optimize", "optimize_by_position", "reports", "save_gates",
+    "save_lookahead", "save_parameters",
 ]  # fmt: skip
 
 

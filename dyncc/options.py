@@ -214,7 +214,7 @@ def settle(options: Any) -> None:
     """For `__post_init__` of a pass: turn plain values into option values and check every one of them."""
     for name, declared in types_of(type(options)).items():
         value = getattr(options, name)
-        if declared is Layers and not isinstance(value, Layers):
+        if declared in (Layers, Layers | None) and not isinstance(value, (Layers, types.NoneType)):
             text = show(tuple(value)) if isinstance(value, list) else show(value)
             object.__setattr__(options, name, Layers(text))
         elif declared == Keep:

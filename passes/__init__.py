@@ -14,6 +14,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("prune-tokens", "prune_tokens:PruneTokens"),
     ("select-kv", "select_kv:SelectKV"),
     ("evict-kv", "evict_kv:EvictKV"),
+    ("drop-layers", "drop_layers:DropLayers"),
     ("exit-early", "exit_early:ExitEarly"),
 )
 """Name and place of every pass, in their default order."""

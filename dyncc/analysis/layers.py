@@ -66,11 +66,25 @@ def find_stacks(graph: fx.Graph, axes: Axes, regions: tuple[AttentionRegion, ...
     return tuple(sorted(stacks, key=lambda s: -len(s.layers))), tuple(misses)
 
 
+def find_row_stack(graph: fx.Graph, axes: Axes, regions: tuple[AttentionRegion, ...]) -> Stack | None:
+    """The stack of a decoding step, whose attentions have one query row each: its residual stream [B, 1, C] has no token axis to follow."""
+    alone = [r for r in regions if not axes.dims(r.q)[-2]]
+    found = _stack(graph, axes, (), alone) if alone and len(alone) == len(regions) else None
+    return found if isinstance(found, Stack) else None
+
+
+def _carries(axes: Axes, axis: Dim, node: fx.Node) -> bool:
+    """Whether a node may be a state of the stream: it holds the token axis once; where that is one row, it is [B, 1, C]."""
+    if not axis:
+        return len(shape(node)) == 3 and isinstance(shape(node)[1], int) and shape(node)[1] == 1
+    return len(axes.places(node, axis)) == 1
+
+
 def _stack(graph: fx.Graph, axes: Axes, axis: Dim, members: list[AttentionRegion]) -> Stack | str:
     order = {n: i for i, n in enumerate(graph.nodes)}
     reach = descendants(members[-1].out)
     live = ancestors(n for n in outputs(graph) if isinstance(n, fx.Node))
-    carrying = [n for n in reach if n in live and n.op == "call_function" and len(axes.places(n, axis)) == 1 and is_tensor(n)]
+    carrying = [n for n in reach if n in live and n.op == "call_function" and is_tensor(n) and _carries(axes, axis, n)]
     carrying = [n for n in carrying if val(n).is_floating_point()]
     if not carrying:
         return f"attention {members[0].index}: no node after the last attention carries its token axis"
@@ -79,7 +93,7 @@ def _stack(graph: fx.Graph, axes: Axes, axis: Dim, members: list[AttentionRegion
     failures: list[str] = []
     for source in _sources(inside, order):
         chain = _dominators(source, sink, inside)
-        chain = {n for n in chain if is_tensor(n) and val(n).is_floating_point() and len(axes.places(n, axis)) == 1}
+        chain = {n for n in chain if is_tensor(n) and val(n).is_floating_point() and _carries(axes, axis, n)}
         spine = sorted(chain, key=lambda n: order[n])
         found = _layers(axes, axis, members, spine, sink, order)
         if isinstance(found, Stack):
@@ -133,7 +147,7 @@ def _layers(
         for i, (region, start, follow, end) in enumerate(zip(members, starts, after, ends, strict=True))
     )
     dims = axes.dims(starts[-1])
-    place = axes.places(starts[-1], axis)[0]
+    place = axes.places(starts[-1], axis)[0] if axis else 1
     others = [d for i, d in enumerate(dims) if i < place]
     batch = others[0] if len(others) == 1 else ()
     return Stack(axis, batch, place, layers, tuple(spine), sink)
