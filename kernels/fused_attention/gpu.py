@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.fused_attention.truth import attend, check, distances, gated, seen
-from dyncc.kernels.generator import KernelSpec
+from dyncc.kernels.generator import Attend
 from dyncc.kernels.generator.spec import DTYPES, WIDEST
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -39,18 +39,16 @@ def attend_by_kernel(
         attn_mask, is_causal = as_mask(query, key, attn_mask, is_causal, window, prefix, slopes), False
         window = 0
     if not takes(query, key, value, attn_mask, sinks, gate):
-        more = {"sinks": sinks, "cap": cap, "window": window, "gate": gate, "activation": activation}
-        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more)  # type: ignore[arg-type]
-    from dyncc.kernels.generator.run import run
-
+        told = {"sinks": sinks, "cap": cap, "window": window, "gate": gate, "activation": activation}
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **told)  # type: ignore[arg-type]
     mask = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "added"
     fused = (EPILOGUES[activation],) if gate is not None and activation in EPILOGUES else ()
-    spec = KernelSpec(
-        query.shape[3], str(query.dtype).removeprefix("torch."), value.shape[3], is_causal, window, cap, mask, sinks is not None, fused
-    )
+    dtype = str(query.dtype).removeprefix("torch.")
+    spec = Attend(query.shape[3], value.shape[3], is_causal, window, cap, mask, sinks is not None, dtype=dtype, epilogues=fused)
     out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
     each = None if sinks is None else sinks.reshape(-1).expand(query.shape[1]).contiguous()
-    run(spec, query, key, value, attn_mask, each, scale, out, **({"gate": gate} if fused else {}))
+    more = {"gate": gate} if fused else {}
+    spec.run(query, key, value, mask=attn_mask, sinks=each, scale=scale, out=out, **more)
     return out if fused else gated(out, gate, activation)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dyncc.kernels.generator import figures
 from dyncc.kernels.generator.source import source
 from dyncc.kernels.generator.standard import STANDARD
 from dyncc.kernels.generator.targets import target
@@ -26,7 +27,8 @@ def _row(spec: Any, where: str, folder: Path | None) -> dict[str, Any]:
     if where:
         from dyncc.kernels.generator.compiled import compiled
 
-        row = compiled(spec, where).to_dict()
+        made = compiled(spec, where)
+        row = {**made.to_dict(), "before": figures.before(made)}
     if folder is not None:
         path = folder / f"{spec.name}.py"
         path.write_text(source(spec), encoding="utf-8")
@@ -39,4 +41,6 @@ def line(row: dict[str, Any]) -> str:
     if "target" not in row:
         return f"{row['name']}: {row['spec']}" + (f" -> {row['path']}" if "path" in row else "")
     taken = f"{row['registers']} registers, {row['spills']} bytes spilled, {row['shared_memory']:,} bytes shared"
-    return f"{row['name']} on {row['target']}: {taken}, occupancy {row['occupancy']:.2f}, at least {1e6 * row['seconds']:.0f} us"
+    told = f"{row['name']} on {row['target']}: {taken}, occupancy {row['occupancy']:.2f}, at least {1e6 * row['seconds']:.0f} us"
+    changed = {name: value for name, value in (row["before"] or {}).items() if value != row[name]}
+    return told + (" (before: " + ", ".join(f"{name} {value}" for name, value in changed.items()) + ")" if changed else "")

@@ -6,23 +6,23 @@ notes on AMD).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dyncc.errors import BadKernelSpec
 from dyncc.kernels.generator import store
 from dyncc.kernels.generator.source import arguments, source
-from dyncc.kernels.generator.spec import DTYPES, KernelSpec
+from dyncc.kernels.generator.spec import KernelSpec
 from dyncc.kernels.generator.targets import Target, occupancy, target
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
-HEADS, GROUPS, TOKENS = 32, 8, 4096
-"""What FLOPs, bytes and the roofline are told for: one sequence of so many tokens and heads."""
+TYPES = {"float": "*fp32", "index": "*i64", "mask": "*u8", "size": "i32", "number": "fp32", "constant": "constexpr"}
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,34 @@ def compiled(spec: KernelSpec, where: str) -> Compiled:
         BadKernelSpec: the kernel needs more shared memory than a program has there.
     """
     t = target(where)
-    _check_shared(least_shared(spec), spec, t)
-    name = store.key("compiled", source(spec), t.name, str(spec.team), str(spec.stages))
+    _check_shared(spec.least_shared(), spec, t)
+    name = store.key("compiled", source(spec), t.name, str(spec.team), str(spec.depth))
     file = store.kept(name, ".json", lambda: json.dumps(_compile(spec, t)))
     registers, spills, shared = json.loads(store.read(file) or "")
     _check_shared(shared, spec, t)
-    flops, moved = work(spec)
-    peak = t.vector if spec.dtype == "float32" else t.tensor
+    flops, moved = spec.work()
+    peak = t.vector if spec.exact else t.tensor
     seconds = max(flops / peak, moved / t.bandwidth)
     busy = occupancy(t, registers, shared, spec.team)
     return Compiled(spec.name, str(spec), t.name, registers, spills, shared, busy, flops, moved, seconds)
 
 
-def least_shared(spec: KernelSpec) -> int:
-    """Bytes of the key and value tiles that are loaded ahead: no kernel of this spec needs fewer."""
-    return (spec.stages - 1) * spec.tile[1] * sum(spec.lanes) * DTYPES[spec.dtype]
-
-
-def work(spec: KernelSpec) -> tuple[int, int]:
-    """Operations and bytes of one sequence of TOKENS tokens: a multiply-add counts two, every operand is read once."""
-    seen = TOKENS * TOKENS
-    if spec.causal:
-        span = min(spec.window or TOKENS, TOKENS)
-        seen = span * (span + 1) // 2 + (TOKENS - span) * span
-    flops = 2 * HEADS * seen * (spec.width + spec.value_width)
-    channels = (HEADS + GROUPS) * (spec.width + spec.value_width)
-    channels += HEADS * spec.value_width * len(spec.epilogues)
-    mask = TOKENS * TOKENS * {"none": 0, "bool": 1, "added": DTYPES[spec.dtype]}[spec.mask]
-    return flops, TOKENS * channels * DTYPES[spec.dtype] + mask
-
-
 def _check_shared(needed: int, spec: KernelSpec, t: Target) -> None:
     if needed > t.shared:
-        problem = f"it takes {needed:,} bytes of shared memory and {t.name} has {t.shared:,}; give smaller keys=, or fewer stages="
-        raise BadKernelSpec(option="keys", value=spec.tile[1], problem=problem)
+        choice = " or ".join(_smaller(spec, t)) or "a smaller width"
+        problem = f"it takes {needed:,} bytes of shared memory and {t.name} has {t.shared:,}; give {choice}"
+        raise BadKernelSpec(option="stages", value=spec.depth, problem=problem)
+
+
+def _smaller(spec: KernelSpec, t: Target) -> list[str]:
+    """For each field that changes what is loaded ahead, the largest choice that may fit."""
+    found = []
+    for name, sizes in (*((tile, (128, 64, 32, 16)) for tile in spec.tiles), ("stages", tuple(range(spec.depth - 1, 0, -1)))):
+        with contextlib.suppress(BadKernelSpec):
+            changes: list[dict[str, Any]] = [{name: size} for size in sizes]
+            least = {change[name]: replace(spec, **change).least_shared() for change in changes}
+            found += [f"{name}={size}" for size, needed in least.items() if needed < spec.least_shared() and needed <= t.shared][:1]
+    return found
 
 
 def machine_code(spec: KernelSpec, where: str) -> Any:
@@ -97,12 +91,11 @@ def machine_code(spec: KernelSpec, where: str) -> Any:
     from dyncc.kernels.generator.module import kernel
 
     t, told = target(where), arguments(spec)
-    types = {"pointer": POINTERS[spec.dtype], "size": "i32", "number": "fp32", "constant": "constexpr"}
-    types["mask"] = "*u8" if spec.mask == "bool" else POINTERS[spec.dtype]
+    types = {**TYPES, "given": POINTERS[spec.dtype]}
     signature = {name: types[kind] for name, kind in told}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(told) if kind in ("pointer", "mask") or _a_row(name)}
-    made = ASTSource(kernel(spec), signature, {"HEADS": HEADS, "GROUPS": GROUPS}, aligned)
-    options = {"num_warps": spec.team, "num_stages": spec.stages}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(told) if kind in ("given", "mask", "float") or _a_row(name)}
+    made = ASTSource(kernel(spec), signature, spec.constants(), aligned)
+    options = {"num_warps": spec.team, "num_stages": spec.depth}
     return triton.compile(made, target=GPUTarget(t.backend, t.arch, t.warp), options=options)
 
 

@@ -13,7 +13,7 @@ from dyncc.kernels.generator.spec import KernelSpec
 
 @functools.cache
 def kernel(spec: KernelSpec) -> Any:
-    """The jitted function `attend` of a spec; with TRITON_INTERPRET=1 set before triton is imported, the interpreted one."""
+    """The jitted function of a spec; with TRITON_INTERPRET=1 set before triton is imported, the interpreted one."""
     text = source(spec)
     file = store.kept(store.key("source", text), ".py", lambda: text)
     name = f"dyncc_generated_{spec.name}"
@@ -21,4 +21,4 @@ def kernel(spec: KernelSpec) -> Any:
     assert made is not None and made.loader is not None
     module = importlib.util.module_from_spec(made)
     made.loader.exec_module(module)
-    return module.attend
+    return getattr(module, spec.entry)

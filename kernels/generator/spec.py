@@ -1,104 +1,157 @@
-"""What a generated attention kernel computes, and in which pieces: one frozen value, checked when it is made."""
+"""What every generated kernel can be asked: its type, its epilogues, its warps and stages. A kind derives from it, in a file of `kinds`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from dyncc.errors import BadKernelSpec, near
 from dyncc.kernels.generator.epilogues import EPILOGUES
+from dyncc.kernels.generator.frame import Operand, ending
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Bytes of each type that kernels take."""
-MASKS = ("none", "bool", "added")
 WIDEST = 512
 """Channels of a head above which one program's rows no longer fit any device's registers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelSpec:
-    """Attention of [B, H, Tq, width] queries over [B, G, Tk, width] keys, as `dyncc::attend` means it.
+    """A kernel of one kind: a frozen value, checked when it is made.
 
-    `wide` is the width of values (0: that of keys). `epilogues` are names of EPILOGUES, in order. `rows` and `keys` are the tile sizes of
-    one program, `warps` how many work on it (0: chosen).
+    `epilogues` are names of EPILOGUES, in order; `warps` is how many work on one program, `stages` how many tiles
+    are loaded ahead (0: chosen).
 
     Raises:
         BadKernelSpec: no such kernel can be made; the message names the field.
     """
 
-    width: int
+    entry: ClassVar[str]
+    """The kernel's name in its source."""
+    title: ClassVar[str]
+    """The first word of its source: what it is."""
+    tiles: ClassVar[tuple[str, ...]] = ()
+    """Fields that make a program smaller."""
+    ends: ClassVar[bool] = True
+    """Whether it stores one tile of results `out`, which epilogues can change."""
+
     dtype: str = "bfloat16"
-    wide: int = 0
-    causal: bool = False
-    window: int = 0
-    cap: float = 0.0
-    mask: str = "none"
-    sinks: bool = False
     epilogues: tuple[str, ...] = ()
-    rows: int = 0
-    keys: int = 0
     warps: int = 0
-    stages: int = 2
+    stages: int = 0
 
     def __post_init__(self) -> None:
-        _check(0 < self.width <= WIDEST, "width", self.width, f"a head has 1 to {WIDEST} channels")
-        _check(0 <= self.wide <= WIDEST, "wide", self.wide, f"a value has 1 to {WIDEST} channels, or 0 for as many as a key")
-        _check(self.dtype in DTYPES, "dtype", self.dtype, f"kernels take {', '.join(DTYPES)}")
-        _check(self.mask in MASKS, "mask", self.mask, f"choose one of {', '.join(MASKS)}")
-        _check(self.window >= 0 and (self.causal or not self.window), "window", self.window, "a window needs causal=True and counts keys")
-        _check(0 <= self.cap < float("inf"), "cap", self.cap, "a soft cap is a positive number, or 0 for none")
+        check(self.dtype in DTYPES, "dtype", self.dtype, f"kernels take {', '.join(DTYPES)}")
+        check(self.ends or not self.epilogues, "epilogues", ",".join(self.epilogues), f"{self.entry} stores no tile that they could change")
         for name in self.epilogues:
-            _check(name in EPILOGUES, "epilogues", name, f"choose of {', '.join(EPILOGUES)}{near(name, EPILOGUES)}")
-        _check(len(set(self.epilogues)) == len(self.epilogues), "epilogues", ",".join(self.epilogues), "each may stand once")
-        for name, size in (("rows", self.rows), ("keys", self.keys)):
-            _check(size == 0 or (size >= 16 and size & (size - 1) == 0), name, size, "a tile is a power of two of 16 at least")
-        _check(self.warps in (0, 1, 2, 4, 8, 16), "warps", self.warps, "a program has 1, 2, 4, 8 or 16 warps, or 0 to choose")
-        _check(1 <= self.stages <= 8, "stages", self.stages, "1 to 8 stages are loaded ahead")
-
-    @property
-    def value_width(self) -> int:
-        return self.wide or self.width
-
-    @property
-    def lanes(self) -> tuple[int, int]:
-        """Channels of keys and of values as tiles hold them: powers of two, 16 at least."""
-        return _power(self.width), _power(self.value_width)
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Query rows and keys that a program works on at once: fewer where heads are wide, so that registers suffice."""
-        heavy = max(self.lanes) * (4 if DTYPES[self.dtype] == 4 else 1)
-        rows, keys = (64, 64) if heavy <= 64 else (64, 32) if heavy <= 128 else (32, 32) if heavy <= 256 else (16, 16)
-        return self.rows or rows, self.keys or keys
+            check(name in EPILOGUES, "epilogues", name, f"choose of {', '.join(EPILOGUES)}{near(name, EPILOGUES)}")
+        read = [x for name in self.epilogues for x in EPILOGUES[name].tensors]
+        check(len(set(read)) == len(read), "epilogues", ",".join(self.epilogues), "each may stand once, and one of those that read a gate")
+        for name in self.tiles:
+            size = getattr(self, name)
+            check(size == 0 or (size >= 16 and size & (size - 1) == 0), name, size, "a tile is a power of two of 16 at least")
+        check(self.warps in (0, 1, 2, 4, 8, 16), "warps", self.warps, "a program has 1, 2, 4, 8 or 16 warps, or 0 to choose")
+        check(0 <= self.stages <= 8, "stages", self.stages, "1 to 8 stages are loaded ahead, or 0 to choose")
 
     @property
     def team(self) -> int:
-        """Warps of a program: more where a tile of results, or of a mask beside it, is large."""
-        return self.warps or (8 if max(self.lanes) >= 128 or self.mask != "none" else 4)
+        """Warps of a program."""
+        return self.warps or 4
+
+    @property
+    def depth(self) -> int:
+        """Stages of a program."""
+        return self.stages or 2
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype]
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are of fp32 numbers, which matrix units would round."""
+        return self.dtype == "float32"
+
+    def operands(self) -> tuple[Operand, ...]:
+        """Its own tensors, `out` among them where it `ends`."""
+        raise NotImplementedError
+
+    def sizes(self) -> tuple[str, ...]:
+        """Its own integer arguments."""
+        return ("rows",)
+
+    def numbers(self) -> tuple[str, ...]:
+        """Its own scalar arguments."""
+        return ()
+
+    def constants(self) -> dict[str, int]:
+        """What is fixed when it is compiled, at the sizes that figures are told for."""
+        return {"HEADS": 32}
+
+    def body(self, ending: list[str]) -> list[str]:
+        """Its lines. Where it `ends`, they leave fp32 `result` [ROWS, lanes] in front of `ending`, which reads `kept` and `WIDTH`."""
+        raise NotImplementedError
+
+    def ending(self) -> list[str]:
+        return ending(self.epilogues) if self.ends else []
+
+    def work(self) -> tuple[int, int]:
+        """Operations and bytes at the sizes that figures are told for: a multiply-add counts two, every operand is read once."""
+        raise NotImplementedError
+
+    def least_shared(self) -> int:
+        """Bytes of shared memory below which no kernel of this spec gets."""
+        return 0
+
+    def sized(self) -> str:
+        """The first word of its name behind its kind."""
+        raise NotImplementedError
+
+    def told(self) -> list[str]:
+        """More words of its name."""
+        return []
+
+    def run(self, *given: Tensor, **more: Any) -> Any:
+        """Launch it on tensors. Each kind says which."""
+        raise NotImplementedError
+
+    def truth(self, *given: Tensor, **more: Any) -> Any:
+        """What `run` gives, in plain ATen."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
         """A short name that tells specs apart: `attend_w64_bfloat16_causal_gate_sigmoid`."""
-        told = [f"attend_w{self.width}" + (f"x{self.wide}" if self.wide else ""), self.dtype, *(["causal"] if self.causal else [])]
-        told += [f"window{self.window}"] if self.window else []
-        told += [f"cap{self.cap:g}".replace(".", "p")] if self.cap else []
-        told += [f"mask_{self.mask}"] if self.mask != "none" else []
-        told += [*(["sinks"] if self.sinks else []), *(e.replace("-", "_") for e in self.epilogues)]
-        told += [f"tile{self.rows}x{self.keys}"] if self.rows or self.keys else []
-        return "_".join(told)
+        told = [f"{self.entry}_{self.sized()}", self.dtype, *self.told(), *(e.replace("-", "_") for e in self.epilogues)]
+        sizes = [getattr(self, name) for name in self.tiles]
+        return "_".join([*told, *(["tile" + "x".join(map(str, sizes))] if any(sizes) else [])])
 
     def __str__(self) -> str:
-        told = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name == "width" or getattr(self, f.name) != f.default]
-        return " ".join(f"{name}={','.join(value) if isinstance(value, tuple) else value}" for name, value in told)
+        own = [f for f in fields(self) if f.name not in KernelSpec.__dataclass_fields__]
+        told = [(f.name, getattr(self, f.name)) for f in (*own, *fields(KernelSpec))]
+        shown = [(name, value) for name, value in told if value != self.__dataclass_fields__[name].default]
+        return " ".join(f"{name}={','.join(value) if isinstance(value, tuple) else value}" for name, value in shown)
 
 
-def _check(holds: bool, option: str, value: object, problem: str) -> None:
+def check(holds: bool, option: str, value: object, problem: str) -> None:
+    """
+    Raises:
+        BadKernelSpec: it does not hold.
+    """
     if not holds:
         raise BadKernelSpec(option=option, value=value, problem=problem)
 
 
-def _power(size: int) -> int:
-    """
-    >>> [_power(n) for n in (1, 16, 17, 96)]
+def check_width(width: int, option: str = "width") -> None:
+    check(0 < width <= WIDEST, option, width, f"a head has 1 to {WIDEST} channels")
+
+
+def power(size: int, least: int = 16) -> int:
+    """The power of two that holds `size`.
+
+    >>> [power(n) for n in (1, 16, 17, 96)]
     [16, 16, 32, 128]
     """
-    return max(16, 1 << (size - 1).bit_length())
+    return max(least, 1 << (size - 1).bit_length())

@@ -1,0 +1,108 @@
+"""The lines of attention: one program computes a tile of rows of one head, with the online softmax (Milakov and Gimelshein 2018; Dao et al.
+2022): keys come tile by tile, and what was summed is shrunk when a larger logit turns up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dyncc.kernels.generator.frame import DIVIDED, ids, nothing_summed, softmax_step, tensors, tile
+
+if TYPE_CHECKING:
+    from dyncc.kernels.generator.kinds.attend import Attend
+
+
+def lines(spec: Attend) -> list[str]:
+    """Up to `result`."""
+    return [*_setup(spec), *_start(spec), *_loop(spec), DIVIDED]
+
+
+def _setup(spec: Attend) -> list[str]:
+    lines = [
+        f"KEYS: tl.constexpr = {spec.tile[1]}",
+        *ids(spec.tile[0], spec.value_width),
+        "group = head // (HEADS // GROUPS)",
+        *(_packed(spec) if spec.packed else []),
+        *tile(spec.lanes[1]),
+        f"hop, channel = tl.arange(0, KEYS), tl.arange(0, {spec.lanes[0]})",
+        f"filled = channel < {spec.width}",
+        "q_tile = tl.load(",
+        "    q + batch * q_batch + head * q_head + here * q_row + step[:, None] * q_row + channel[None, :],",
+        "    mask=(at < rows)[:, None] & filled[None, :], other=0.0,",
+        ")",
+        f"first, last = {_span(spec)}",
+        *(f"{name}_at = {name} + batch * {name}_batch + group * {name}_head{_from(spec, name + '_row')}" for name in ("k", "v")),
+    ]
+    if spec.mask != "none":
+        lines.append(f"mask_at = mask + batch * mask_batch + head * mask_head + here * mask_row{_from(spec, 'mask_key')}")
+    return lines
+
+
+def _packed(spec: Attend) -> list[str]:
+    """A sequence of many that lie behind each other: every tensor from where it begins, and its own length."""
+    names = [operand.name for operand in tensors(spec.operands(), spec.epilogues) if "row" in operand.strides]
+    return [
+        "begin = tl.load(starts + batch)",
+        "rows = (tl.load(starts + batch + 1) - begin).to(tl.int32)",
+        "keys = rows",
+        *(f"{name} += begin * {name}_row" for name in names),
+        "batch = batch * 0",
+    ]
+
+
+def _span(spec: Attend) -> str:
+    """The keys that some row of the tile sees."""
+    first = f"tl.maximum(block * ROWS - {spec.window - 1}, 0) // KEYS * KEYS" if spec.window else "0"
+    return f"{first}, {'tl.minimum(keys, (block + 1) * ROWS)' if spec.causal else 'keys'}"
+
+
+def _from(spec: Attend, stride: str) -> str:
+    return f" + first.to(tl.int64) * {stride}" if spec.window else ""
+
+
+def _start(spec: Attend) -> list[str]:
+    """The state of the sums: a sink is a first logit that has no value."""
+    lines = nothing_summed(spec.lanes[1])
+    if not spec.sinks:
+        return lines
+    sunk = ["top = tl.zeros([ROWS], dtype=tl.float32) + tl.load(sinks + head).to(tl.float32)"]
+    return [*sunk, "total = tl.full([ROWS], 1.0, dtype=tl.float32)", lines[-1]]
+
+
+def _loop(spec: Attend) -> list[str]:
+    precision = ', input_precision="ieee"' if spec.exact else ""
+    inner = [
+        "key = start + hop",
+        "k_tile = tl.load(k_at + hop[None, :] * k_row + channel[:, None], mask=(key < keys)[None, :] & filled[:, None], other=0.0)",
+        f"logits = tl.dot(q_tile, k_tile{precision}) * scale",
+        *_capped(spec),
+        f"seen = {_seen(spec)}",
+        *_masked(spec),
+        'logits = tl.where(seen, logits, -float("inf"))',
+        "v_tile = tl.load(v_at + hop[:, None] * v_row + lane[None, :], mask=(key < keys)[:, None] & (lane < WIDTH)[None, :], other=0.0)",
+        *softmax_step(spec.exact),
+        "k_at += KEYS * k_row",
+        "v_at += KEYS * v_row",
+        *(["mask_at += KEYS * mask_key"] if spec.mask != "none" else []),
+    ]
+    return ["for start in range(first, last, KEYS):", *(f"    {line}" for line in inner)]
+
+
+def _capped(spec: Attend) -> list[str]:
+    """cap tanh(x / cap), with tanh(y) = 2 sigmoid(2 y) - 1."""
+    return [f"logits = {spec.cap!r} * (2.0 * tl.sigmoid(logits * {2.0 / spec.cap!r}) - 1.0)"] if spec.cap else []
+
+
+def _seen(spec: Attend) -> str:
+    told = ["(key < keys)[None, :]"]
+    told += ["(key[None, :] <= at[:, None])"] if spec.causal else []
+    told += [f"(key[None, :] > at[:, None] - {spec.window})"] if spec.window else []
+    return " & ".join(told)
+
+
+def _masked(spec: Attend) -> list[str]:
+    if spec.mask == "none":
+        return []
+    told = "tl.load(mask_at + step[:, None] * mask_row + hop[None, :] * mask_key, mask=within, other=0)"
+    use = f"seen = seen & ({told} != 0)" if spec.mask == "bool" else f"logits = logits + {told}.to(tl.float32)"
+    return ["within = (at < rows)[:, None] & (key < keys)[None, :]", use]

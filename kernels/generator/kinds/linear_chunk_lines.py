@@ -1,0 +1,91 @@
+"""How pairs of tokens inside a chunk decay.
+
+Decays are only ever multiplied up from a boundary outwards, as in `gated_linear_attention/chunks.py`: no factor exceeds 1, nothing
+overflows, and -inf is a decay as any. With one decay a head, what row i keeps of row j is summed for each pair; with one a channel, a block
+of 2n rows reads its first half across the boundary between the halves, for n of 1, 2, 4, ...
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dyncc.kernels.generator.kinds.linear_chunk import LinearChunk
+
+PIECE = 32
+"""Channels of which weights are summed at once."""
+
+
+def _no_decay(spec: LinearChunk, precision: str) -> list[str]:
+    return [f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){precision}))", "across = 1.0"]
+
+
+def _of_heads(spec: LinearChunk, precision: str) -> list[str]:
+    """Sums from behind row j up to row i, for each pair: none is a difference."""
+    return [
+        "fell = tl.load(decay_at + place * decay_row, mask=at < rows, other=0.0)",
+        "apart = tl.cumsum(tl.where(after, fell[:, None], 0.0), axis=0)",
+        f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){precision}) * tl.exp(apart))",
+        "since, left = tl.cumsum(fell, axis=0), tl.sum(tl.where(after, fell[:, None], 0.0), axis=0)",
+        "q_tile = (q_tile * tl.exp(since)[:, None]).to(v_tile.dtype)",
+        "k_tile = (k_tile * tl.exp(left)[:, None]).to(v_tile.dtype)",
+        "across = tl.exp(tl.sum(fell, axis=0))",
+    ]
+
+
+def _of_channels(spec: LinearChunk, precision: str) -> list[str]:
+    """Sums from the start of a row's block up to it, and from behind it to the block's end, for blocks of 1, 2, 4, ... rows.
+
+    Weights are summed a few channels at a time, which keeps few numbers alive.
+    """
+    some = min(PIECE, spec.lanes[0])
+    inner = [
+        f"piece = part + tl.arange(0, {some})",
+        f"some = (at < rows)[:, None] & (piece < {spec.width})[None, :]",
+        *(f"{x}_part = tl.load({x}_at + place[:, None] * {x}_row + piece[None, :], mask=some, other=0.0)" for x in ("q", "k")),
+        *_decays("piece", "some", spec),
+        "weights += tl.where(after | behind, 0.0, tl.sum(q_part.to(tl.float32) * k_part, axis=1)[:, None])",
+    ]
+    half = 1
+    while half < spec.chunk:
+        inner += [
+            *_sums(half, spec.chunk, some),
+            "late, early = (q_part * tl.exp(since)).to(v_tile.dtype), (k_part * tl.exp(left)).to(v_tile.dtype)",
+            f"one, two = step[None, :] // {half}, step[:, None] // {half}",
+            f"weights += tl.where((two % 2 == 1) & (one == two - 1), tl.dot(late, tl.trans(early){precision}), 0.0)",
+        ]
+        half *= 2
+    return [
+        "weights = tl.zeros([ROWS, ROWS], dtype=tl.float32)",
+        f"for part in range(0, {spec.width}, {some}):",
+        *(f"    {line}" for line in inner),
+        *_decays("channel", "inside", spec),
+        "since, left = tl.cumsum(fell, axis=0), tl.cumsum(tl.where((step == ROWS - 1)[:, None], 0.0, comes), axis=0, reverse=True)",
+        "q_tile, k_tile = (q_tile * tl.exp(since)).to(v_tile.dtype), (k_tile * tl.exp(left)).to(v_tile.dtype)",
+        "across = tl.exp(tl.sum(fell, axis=0))[:, None]",
+    ]
+
+
+def _decays(lanes: str, mask: str, spec: LinearChunk) -> list[str]:
+    """`fell`, each row's decay, and `comes`, that of the row behind it."""
+    behind = f"(at + 1 < rows)[:, None] & ({lanes} < {spec.width})[None, :]"
+    return [
+        f"decay_in = decay_at + place[:, None] * decay_row + {lanes}[None, :]",
+        f"fell = tl.load(decay_in, mask={mask}, other=0.0)",
+        f"comes = tl.load(decay_in + decay_row, mask={behind}, other=0.0)",
+    ]
+
+
+def _sums(half: int, chunk: int, lanes: int) -> list[str]:
+    if half == 1:
+        return ["since, left = fell, tl.zeros_like(fell)"]
+    blocks, flat = f"[{chunk // half}, {half}, {lanes}]", f"[ROWS, {lanes}]"
+    return [
+        f"tail = tl.where((step % {half} == {half - 1})[:, None], 0.0, comes)",
+        f"since = tl.reshape(tl.cumsum(tl.reshape(fell, {blocks}), axis=1), {flat})",
+        f"left = tl.reshape(tl.cumsum(tl.reshape(tail, {blocks}), axis=1, reverse=True), {flat})",
+    ]
+
+
+DECAYED = {"none": _no_decay, "head": _of_heads, "channel": _of_channels}
+"""The lines that leave `weights` of pairs, `q_tile` and `k_tile` as they meet the state, and what the state keeps `across` a chunk."""
