@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from record import progress, write
 from torch import Tensor
+from torch.nn import functional as F
 
 from dyncc.bench_result import environment
 from dyncc.evidence import relative_error
@@ -83,7 +84,44 @@ def sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(logits - logits.max(-1, keepdim=True).values, -1)[..., :-1] @ v
 
 
-FORMS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (plain, causal, einsum, soft_cap, window, sinks)}
+def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows, keys = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    k, v = repeated(k), repeated(v)
+    slopes = (2.0 ** -torch.arange(1, HEADS + 1)).view(HEADS, 1, 1)
+    return torch.softmax(q @ k.transpose(2, 3) * WIDTH**-0.5 + slopes * (keys[None] - rows[:, None]) + hidden(q, k), dim=-1) @ v
+
+
+def prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All rows see the first 1,024 keys."""
+    rows, keys = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    k, v = repeated(k), repeated(v)
+    logits = q @ k.transpose(2, 3) * WIDTH**-0.5
+    return torch.softmax(logits.masked_fill((keys[None] > rows[:, None]) & (keys >= 1024), LEAST), dim=-1) @ v
+
+
+def over_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Exponentials over their sum, divided behind the product."""
+    k, v = repeated(k), repeated(v)
+    logits = q @ k.transpose(2, 3) * WIDTH**-0.5 + hidden(q, k)
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return (weights @ v) / weights.sum(-1, keepdim=True)
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A gate behind SDPA; the queries stand for its projection."""
+    out = F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True)
+    return out.transpose(1, 2).flatten(2) * torch.sigmoid(q.transpose(1, 2).flatten(2))
+
+
+def gated_spelled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal(q, k, v).transpose(1, 2).flatten(2) * torch.sigmoid(q.transpose(1, 2).flatten(2))
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (plain, causal, einsum, soft_cap, window, sinks, alibi, prefix, over_sum, gated, gated_spelled)
+}
+GATES = "fuse-attention simplify-mask drop-repeat-kv fuse-gated-attention"
+"""Passes for forms with gates; the others run what is on by default."""
 WAYS = ("inductor", "dyncc")
 
 
@@ -106,7 +144,8 @@ def _status(name: str) -> int:
 
 
 def compiled(form: str, way: str) -> Callable[..., Tensor]:
-    made: Callable[..., Tensor] = torch.compile(FORMS[form], backend=way, dynamic=False)
+    options = {"passes": GATES} if way == "dyncc" and form.startswith("gated") else None
+    made: Callable[..., Tensor] = torch.compile(FORMS[form], backend=way, dynamic=False, options=options)
     return made
 
 
@@ -134,7 +173,7 @@ def measured(form: str, tokens: int, dtype: str, pairs: int) -> dict[str, Any]:
     error = relative_error(calls["inductor"](), calls["dyncc"]())
     ratio, took = timings.ratio("inductor", "dyncc"), {way: 1000 * timings.median(way) for way in WAYS}
     memory = peaks(form, tokens, dtype)
-    print(f"{form:9} {ratio} ms {took['inductor']:.0f} -> {took['dyncc']:.0f}, peak MB {memory['inductor']:.0f} -> {memory['dyncc']:.0f}, "
+    print(f"{form:13} {ratio} ms {took['inductor']:.0f} -> {took['dyncc']:.0f}, peak MB {memory['inductor']:.0f} -> {memory['dyncc']:.0f}, "
           f"error {error:.1e}", flush=True)  # fmt: skip
     return {"times_inductor": ratio.to_dict(), "ms": took, "peak_mb": memory, "error": error, "pairs": pairs}
 

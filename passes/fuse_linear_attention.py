@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from dyncc.analysis.facts import Facts
 from dyncc.analysis.linear_attention import PRODUCTS, Linear, NotLinear, pairs, read_linear
 from dyncc.analysis.unrolled import NotUnrolled, joins, read_steps
-from dyncc.ir import descendants, emit, hint, hoist, is_mutating, op_name, shape
+from dyncc.ir import descendants, emit, hint, hoist, is_mutating, is_symbolic, op_name, shape
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
 from dyncc.passes.unrolled_recurrence import fuse_unrolled
 from dyncc.restrict import Refusal
@@ -44,30 +44,32 @@ class FuseLinearAttention(Pass):
         """Rewrite every linear attention that can be read; refuse when there is none."""
         found = [n for n in program.graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and pairs(n)]
         loops = joins(program.graph)
-        done, misses = 0, []
+        done, misses, gain = 0, [], ""
         for out, fuse in [*((n, _fuse) for n in found), *((n, _fuse_loop) for n in loops)]:
             try:
-                fuse(out)
+                gain = fuse(out) or gain
                 done += 1
             except (NotLinear, NotUnrolled) as why:
                 misses.append(f"{out.name}: {why}")
         if not done:
             raise Refusal(misses[0] if misses else "no product of queries and keys meets values without a softmax, and no loop over tokens")
-        return PassResult(done, len(found) + len(loops), misses=tuple(misses))
+        return PassResult(done, len(found) + len(loops), misses=tuple(misses), pays_from=gain)
 
 
-def _fuse_loop(joined: fx.Node) -> None:
+def _fuse_loop(joined: fx.Node) -> str:
     fuse_unrolled(read_steps(joined))
+    return ""
 
 
-def _fuse(out: fx.Node) -> None:
-    """Put what does not pair tokens in place of one linear attention.
+def _fuse(out: fx.Node) -> str:
+    """Put what does not pair tokens in place of one linear attention; returns from which length on that pays, where lengths vary.
 
     Raises:
         NotLinear: it is none, it does not pay, or its operands are not there yet where its sums are read.
     """
     found = read_linear(out)
-    if not found.causal and not _reassociates(found):
+    least = 0 if found.causal else _least_tokens(found)
+    if hint(found.tokens) < least:
         raise NotLinear(f"its weights hide no later tokens, and {hint(found.tokens)} tokens are too few for another order of its products")
     order = {n: i for i, n in enumerate(out.graph.nodes)}
     first = min([out, *(m for m, _ in found.masses)], key=lambda n: order[n])
@@ -85,6 +87,7 @@ def _fuse(out: fx.Node) -> None:
         instead[node] = _replace(node, emit(node, lambda x, behind=behind, rank=rank: _mass_like(x, behind, rank), mass))
     rows = [instead.get(n, n) for _, n in found.rows]
     _replace(out, emit(out, lambda x, *rows: _by_rows(x, found, rows), mixed, *rows))
+    return f"fewer operations from {least} tokens on; the graph serves any number" if least and is_symbolic(found.tokens) else ""
 
 
 def _replace(node: fx.Node, new: fx.Node) -> fx.Node:
@@ -94,10 +97,10 @@ def _replace(node: fx.Node, new: fx.Node) -> fx.Node:
     return new
 
 
-def _reassociates(found: Linear) -> bool:
-    """Whether (q k') v takes more multiplications than q (k' v), at the sizes of the example."""
-    tokens, width, wide = hint(found.tokens), hint(shape(found.q)[-1]), hint(shape(found.v)[-1])
-    return tokens * (width + wide) > 2 * width * wide
+def _least_tokens(found: Linear) -> int:
+    """From how many tokens on (q k') v takes more multiplications than q (k' v)."""
+    width, wide = hint(shape(found.q)[-1]), hint(shape(found.v)[-1])
+    return 2 * width * wide // (width + wide) + 1
 
 
 def _attend(found: Linear, q: Tensor, k: Tensor, v: Tensor, *decay: Tensor) -> tuple[Tensor, Tensor]:

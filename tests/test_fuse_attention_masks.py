@@ -167,7 +167,7 @@ def test_with_gradients_slopes_stay_a_mask_and_gradients_are_right() -> None:
 
 
 @pytest.mark.parametrize("function", [alibi, alibi_of_all, prefix_where])
-@pytest.mark.parametrize("rows", [slice(-1, None), slice(2, 4)])
+@pytest.mark.parametrize("rows", [pytest.param(slice(-1, None), marks=pytest.mark.full), slice(2, 4)])
 def test_rows_that_are_sliced_keep_their_distances(function: Any, rows: slice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse_attention, "LONG", T)
     weight = torch.randn(D, D)

@@ -300,7 +300,7 @@ FULLY = [(n, a) for n in MODELS for a in ("eager", "sdpa") if a == "eager" or "g
 
 
 @pytest.mark.parametrize(
-    ("name", "attn"), [pytest.param(*pair, marks=[] if pair[0] in ("Qwen3Next", "Gemma2") else pytest.mark.full) for pair in FULLY]
+    ("name", "attn"), [pytest.param(*pair, marks=[] if pair[0] == "Qwen3Next" else pytest.mark.full) for pair in FULLY]
 )
 def test_models_with_gates_caps_and_sinks(name: str, attn: str) -> None:
     if not hasattr(hf, MODELS[name][0]):

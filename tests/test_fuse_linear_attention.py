@@ -246,6 +246,15 @@ def test_few_tokens_keep_the_order_of_their_products() -> None:
     assert "6 tokens are too few for another order of its products" in applied.reason
 
 
+def test_lengths_that_vary_are_told() -> None:
+    length = torch.export.Dim("length", min=2, max=512)
+    captured = program(all_seen_and_normalised, *given(), dynamic=[{2: length}] * 4)
+    applied = apply_pass(captured, FuseLinearAttention(), Context())
+    assert applied.applied and applied.reason == "fewer operations from 9 tokens on; the graph serves any number"
+    some = [x[:, :, :33] for x in given()]
+    assert relative_error(all_seen_and_normalised(*some), applied.program.module(*some)[0]) < 1e-5
+
+
 def test_channels_that_overflow_when_written_out_do_not_when_fused() -> None:
     q, k, v, a = given()
     a = a * 15

@@ -204,9 +204,8 @@ def test_each_can_be_compiled(kind: Any) -> None:
         torch.testing.assert_close(found, layer(*values))
 
 
-@pytest.mark.parametrize("kind", [DifferentialLinearAttention, GatedLinearAttention, GatedDeltaRule, TwoWayLinearAttention])
-def test_what_pairs_all_tokens_or_loops_over_them_is_fused(kind: Any) -> None:
-    x, layer = torch.randn(2, 24, WIDTH), made(kind)
+def test_what_pairs_all_tokens_is_fused() -> None:
+    x, layer = torch.randn(2, 24, WIDTH), made(DifferentialLinearAttention)
     with torch.no_grad():
         fast = torch.compile(layer, backend="dyncc", options={"engine": "reference", "passes": "fuse-linear-attention"})
         torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)

@@ -136,6 +136,14 @@ def of_any_sign(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
     return torch.stack(out, 2)
 
 
+def of_any_sign_once(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
+    out = []
+    for t in range(q.shape[2]):
+        s = s * (a[:, :, t].exp() if t != 4 else a[:, :, t].abs())[..., None] + k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, :, None] * s).sum(-2))
+    return torch.stack(out, 2)
+
+
 def of_values(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
     out = []
     for t in range(q.shape[2]):
@@ -188,6 +196,7 @@ def an_average(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
 KEPT = (
     (read_in_the_middle, "a state or output in the middle is read elsewhere"),
     (of_any_sign, "neither exp nor sigmoid of anything"),
+    (of_any_sign_once, "neither exp nor sigmoid of anything"),
     (of_values, "differ among the channels of values"),
     (of_query_values, "no loop over tokens"),
     (skips, "does not follow from the one before"),
@@ -210,7 +219,7 @@ def test_few_tokens_and_too_many_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a loop over 9 tokens is written out, which is read up to 8" in fused(by_sums)[1].reason
 
 
-@pytest.mark.parametrize("kind", [GatedLinearAttention, GatedDeltaRule, TwoWayLinearAttention])
+@pytest.mark.parametrize("kind", [pytest.param(GatedLinearAttention, marks=pytest.mark.full), GatedDeltaRule, TwoWayLinearAttention])
 def test_layers_that_loop(kind: Any) -> None:
     torch.manual_seed(0)
     layer, x = kind(16, heads=2).eval(), torch.randn(2, 11, 16)

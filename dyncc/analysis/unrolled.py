@@ -212,10 +212,10 @@ def series(nodes: Sequence[fx.Node], *, logs: bool = False) -> Series:
     else:
         found = Series((operands(first)[0],), dim, tokens, ()) if dim is not None else Series(tuple(bases), None, tokens, ())
     outer = [i for i, link in enumerate(links) if op_name(link) not in ("unsqueeze", "slice")]
-    maker = links[outer[-1]] if outer else first
-    if logs and not _positive(maker):
+    makers = [links[outer[-1]]] if outer else bases
+    if logs and not all(_positive(n) for n in makers):
         raise NotUnrolled("its decays are neither exp nor sigmoid of anything: whether they are positive is not known")
-    taken = outer[-1] if logs and outer and op_name(maker) == "exp" else None
+    taken = outer[-1] if logs and outer and op_name(links[outer[-1]]) == "exp" else None
     ops = [_op(link, len(shape(operands(link)[0]))) for i, link in enumerate(links) if i != taken]
     ops += [torch.log] if logs and taken is None else []
     return Series(found.nodes, found.dim, tokens, tuple(ops))
