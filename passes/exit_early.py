@@ -3,7 +3,8 @@
 At each site the model's own head (the graph behind its last layer) is computed on the state h_l there, behind a fitted affine map where a
 file gives one. A row leaves at the first site whose score reaches the threshold; what lies between two sites is a branch (dyncc/branch.py)
 on the rows that stayed. Decisions are each row's own. Lossy; with a threshold above 1 no row leaves, at 0 all leave at the first site.
-Side conditions: nothing else that the caller gets, keys and values among them, is made behind the first site.
+Keys and values that the graph returns are made of the state that a row left with, where it skips their layer (exit_keys.py).
+Side conditions: nothing else that the caller gets is made behind the first site, and no cache is written in place there.
 Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022; the map in front of the head: Din et al., Jump to Conclusions, 2023.
 """
 
@@ -23,10 +24,11 @@ from dyncc.analysis.layers import Layer, Stack
 from dyncc.branch import Branch, branch
 from dyncc.errors import BadOptionValue
 from dyncc.fitted import Parameters, load_fitted
-from dyncc.ir import Program, emit, hint, shape, val
+from dyncc.ir import Program, emit, hint, output_node, shape, val
 from dyncc.options import Keep, Layers, settle
 from dyncc.pass_tensors import brought, check_belongs
 from dyncc.passes.exit_heads import Head, Map, find_head, put_head, row_of
+from dyncc.passes.exit_keys import keys_behind, projected
 from dyncc.passes.exit_scores import OF_LOGITS, Score, decayed, probe, saturation
 from dyncc.passes.reads import output_reads
 from dyncc.region import Rows, find_region
@@ -101,21 +103,25 @@ class ExitEarly(Pass):
             check_belongs(given, program, context.values, width)
         head = find_head(program.graph, facts.axes, stack, output_reads(program, facts, stack))
         if self.realise == "static":
-            return self._cut(program, stack, head, layers)
+            return self._cut(program, facts, head, layers)
         sites = [self._site(program, stack, head, layer) for layer in layers]
         rows = Rows(axes := Axes(program.graph), axes.dims(sites[0].state)[0])
         for i in reversed(range(len(sites))):
-            self._skip(program, sites[i], sites[i + 1] if i + 1 < len(sites) else None, head, rows)
+            self._skip(program, facts, sites[i], sites[i + 1] if i + 1 < len(sites) else None, head, rows)
         return PassResult(len(sites), len(sites), pays_from=_pays(layers, len(stack.layers)))
 
-    def _cut(self, program: Program, stack: Stack, head: Head, layers: tuple[int, ...]) -> PassResult:
+    def _cut(self, program: Program, facts: Facts, head: Head, layers: tuple[int, ...]) -> PassResult:
         """Every row leaves after the one layer: the static graph of one level."""
         if len(layers) > 1:
             raise Refusal("realise=static leaves after one layer; give one in layers")
+        stack = facts.stacks[0]
         state = stack.layers[layers[0]].end
-        answers = put_head(head, state, self._map(program, layers[0]), state.next)
-        for old, new in zip(head.suffix.exits, answers, strict=True):
-            old.replace_all_uses_with(new)
+        before = state.next
+        answers = put_head(head, state, self._map(program, layers[0]), before)
+        keys = keys_behind(program, facts, state, None)
+        rest = [projected(stack, n, state, before) for n in keys]
+        for old, new in zip((*head.suffix.exits, *keys), (*answers, *rest), strict=True):
+            output_node(program.graph).replace_input_with(old, new)
         return PassResult(1, 1)
 
     def _site(self, program: Program, stack: Stack, head: Head, layer: int) -> Site:
@@ -143,13 +149,16 @@ class ExitEarly(Pass):
             found = emit(before, lambda x: OF_LOGITS[self.score](x.flatten(0, -2)), answer)
         return found
 
-    def _skip(self, program: Program, site: Site, following: Site | None, head: Head, rows: Rows) -> None:
+    def _skip(self, program: Program, facts: Facts, site: Site, following: Site | None, head: Head, rows: Rows) -> None:
         """What lies between two sites, or behind the last one, runs for the rows that stayed."""
         exits = (following.state, *following.answers, following.sure) if following else head.suffix.exits
         otherwise = (site.state, *site.answers, site.sure) if following else site.answers
-        region = find_region([site.state], exits)
-        active = emit(site.sure.next, torch.logical_not, site.sure)
-        made = Branch(region, active, otherwise, rows)
+        before = site.sure.next
+        keys = keys_behind(program, facts, site.state, following.state if following else None)
+        rest = [projected(facts.stacks[0], n, site.state, before) for n in keys]
+        region = find_region([site.state], (*exits, *keys))
+        active = emit(before, torch.logical_not, site.sure)
+        made = Branch(region, active, (*otherwise, *rest), rows)
         size = hint(shape(site.state)[0])
         realise = ("compact" if size > 1 else "cond") if self.realise == "auto" else self.realise
         branch(program, made, realise, self._buckets(size))  # type: ignore[arg-type]

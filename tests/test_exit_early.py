@@ -149,7 +149,6 @@ def test_refusals_say_what_to_do() -> None:
     values = inputs(ENCODER)
     assert "choose an earlier layer" in reason(ENCODER.build(), values, "layers=3")
     assert "ask for the last position only" in reason(ENCODER.with_(returns="all").build(), values, "layers=1")
-    assert "ask the model not to return it" in reason(DECODER.with_(keys=True).build(), values, "layers=1")
     assert "give one in layers" in reason(ENCODER.build(), values, "layers=1,2 realise=static")
 
 
@@ -214,3 +213,25 @@ def test_parameters_must_belong_to_the_model(tmp_path: Path) -> None:
         optimized(model, values, f"layers=1 file={tmp_path / 'none.safetensors'}")
     with pytest.raises(DynccUsageError, match="needs file="):
         optimized(model, values, "layers=1 score=probe")
+
+
+@pytest.mark.parametrize("realise", mostly_full([*REALISE, "static"], ("compact",)))
+@pytest.mark.parametrize("positions", mostly_full(["learned", "rope"], ("rope",)))
+def test_skipped_layers_get_keys_from_the_state_that_a_row_left_with(realise: str, positions: str) -> None:
+    tiny = DECODER.with_(keys=True, positions=positions)
+    model, values = tiny.build(), inputs(tiny, 6)
+    alike = hand_cut(tiny, 4)
+    with torch.no_grad():
+        threshold = 0.0 if realise == "static" else spread(DECODER.with_(positions=positions).build(), values)
+        made = optimized(model, values, f"layers=1 threshold={threshold} realise={realise} buckets=2,4")
+        logits, *cache = made(*values)
+        dense, *full = model(*values)
+        for block in alike.blocks[2:]:  # layers that add nothing see the state behind layer 1
+            for part in (block.o, block.down):
+                nn.init.zeros_(part.weight), nn.init.zeros_(part.bias)
+        early, *short = alike(*values)
+    sure = torch.softmax(early, -1).amax(-1) >= threshold
+    torch.testing.assert_close(logits, torch.where(sure[:, None], early, dense), rtol=1e-5, atol=1e-6)
+    for now, left, whole in zip(cache, short, full, strict=True):
+        assert now.shape == whole.shape
+        torch.testing.assert_close(now, torch.where(sure[:, None, None, None], left, whole), rtol=1e-5, atol=1e-6)
