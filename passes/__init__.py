@@ -15,6 +15,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("select-kv", "select_kv:SelectKV"),
     ("evict-kv", "evict_kv:EvictKV"),
     ("drop-layers", "drop_layers:DropLayers"),
+    ("route-tokens", "route_tokens:RouteTokens"),
 )
 """Name and place of every pass, in their default order."""
 
