@@ -120,8 +120,11 @@ def _after(cut: fx.Node) -> list[fx.Node]:
     return nodes[nodes.index(cut) + 1 :]
 
 
-def plan_backward(axes: Axes, axis: Dim, end: fx.Node, dim: int) -> Plan:
-    """The nodes of which only the rows that `end` (a slice or select along `dim` of its operand) takes are ever used."""
+def plan_backward(axes: Axes, axis: Dim, end: fx.Node, dim: int, batch: Dim = ()) -> Plan:
+    """The nodes of which only the rows that `end` (a slice or select along `dim` of its operand) takes are ever used.
+
+    With `batch` every sequence takes rows of its own: nodes that do not hold that axis stay whole.
+    """
     source = operands(end)[0]
     plan = Plan(axis)
     wanted: dict[fx.Node, set[int]] = {source: {dim}}
@@ -130,6 +133,8 @@ def plan_backward(axes: Axes, axis: Dim, end: fx.Node, dim: int) -> Plan:
     for node in reversed(nodes[: nodes.index(end)]):
         dims = wanted.get(node)
         if not dims or node in blocked or node.op != "call_function" or not _movable(axes, node, dims):
+            continue
+        if batch and not axes.places(node, batch):
             continue
         if not all(u is end or u in plan.short or op_name(u) == "sym_size" for u in node.users):
             continue

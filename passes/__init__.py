@@ -16,6 +16,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("evict-kv", "evict_kv:EvictKV"),
     ("drop-layers", "drop_layers:DropLayers"),
     ("exit-early", "exit_early:ExitEarly"),
+    ("route-tokens", "route_tokens:RouteTokens"),
 )
 """Name and place of every pass, in their default order."""
 

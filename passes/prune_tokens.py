@@ -17,9 +17,10 @@ from torch import fx
 from dyncc.analysis.axes import Axes, Read
 from dyncc.analysis.facts import Facts
 from dyncc.analysis.layers import Layer, Stack
-from dyncc.ir import Program, argument, op_name, output_node, outputs
+from dyncc.ir import Program, argument, output_node, outputs
 from dyncc.kernels.thin_keys import THIN
 from dyncc.options import Keep, Layers, settle
+from dyncc.passes.autoregressive import refuse_looking_ahead
 from dyncc.passes.cache_rows import hold_short, marks, read_held
 from dyncc.passes.cut import Cut, Kept, make_cut
 from dyncc.passes.padding import padding_input, real_rows
@@ -102,7 +103,7 @@ class PruneTokens(Pass):
         if stack.dim != 1:
             raise Refusal("the token axis is not dimension 1 of the residual stream")
         reads = output_reads(program, facts, stack)
-        self._check_causal(program, facts, stack)
+        refuse_looking_ahead(program, facts, stack)
         padding = padding_input([x.attention for x in stack.layers], facts.axes, stack.axis, stack.batch)
         steps = [(layer, keep) for layer, keep in steps if keep != 1.0 or isinstance(keep, int)]
         cuts: list[Cut] = []
@@ -126,17 +127,6 @@ class PruneTokens(Pass):
         if score == "auto":
             score = "last-attention" if reads.last else "cls-attention" if reads.first else "received-attention"
         return replace(self, keep=keep, score=score)
-
-    def _check_causal(self, program: Program, facts: Facts, stack: Stack) -> None:
-        if not any(_is_causal(x) for x in stack.layers):
-            return
-        named = [(i, n) for i, n in enumerate(outputs(program.graph)) if isinstance(n, fx.Node) and i not in facts.kv_outputs]
-        whole = [i for i, n in named if facts.axes.places(n, stack.axis)]
-        if whole:
-            raise Refusal(
-                f"output {whole[0]} of this autoregressive model covers all positions, and which tokens stay depends on later ones; "
-                "ask for the last position only (such as logits_to_keep=1)"
-            )
 
     def _plan(
         self, program: Program, axes: Axes, stack: Stack, layer: Layer, at: fx.Node, reads: Reads, earlier: list[Cut]
@@ -176,28 +166,6 @@ class PruneTokens(Pass):
         if program.door != 1 or not facts.mutated or marks(program.graph, render([self])):
             return ""
         return f"; if that fills a cache, use past_key_values=dyncc.KVCache({render([self])!r}) instead"
-
-
-def _is_causal(layer: Layer) -> bool:
-    """Whether the attention is autoregressive: SDPA's flag, or a mask made by comparing positions of rows and keys."""
-    region = layer.attention
-    if region.fused and argument(region.out, "is_causal", False):
-        return True
-    stack, seen = [region.mask] if region.mask is not None else [], set()
-    while stack:
-        node = stack.pop()
-        if node in seen or op_name(node) == "embedding":
-            continue
-        seen.add(node)
-        if op_name(node) in ("le", "ge", "lt", "gt", "tril", "triu") and len(node.meta["val"].shape) >= 2 and _two_positions(node):
-            return True
-        stack.extend(node.all_input_nodes)
-    return False
-
-
-def _two_positions(node: fx.Node) -> bool:
-    sizes = node.meta["val"].shape
-    return op_name(node) in ("tril", "triu") or all(not (isinstance(s, int) and s == 1) for s in sizes[-2:])
 
 
 def _check_outputs(program: Program, plan: Plan) -> None:

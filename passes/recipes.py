@@ -270,8 +270,41 @@ CALM = Recipe(
     confidence="high",
 )
 
+INFORMED_ROUTING = Recipe(
+    name="informed-routing",
+    pass_name="route-tokens",
+    options={"rate": "0.5", "fill": "affine", "score": "router", "rule": "count"},
+    citation="Informed Routing in LLMs: Smarter Token-Level Computation for Faster Inference, 2025",
+    needs="fitting",
+    note="file= takes what `dyncc fit` (part `units`) wrote: surrogates of whole layers by reduced-rank ridge regression, and routers by "
+    "ridge, where the authors train both; rule=threshold for models that answer at all positions",
+    confidence="medium",
+)
+
+MIXTURE_OF_DEPTHS = Recipe(
+    name="mixture-of-depths",
+    pass_name="route-tokens",
+    options={"rate": "0.125", "fill": "carry", "score": "router", "rule": "count", "weigh": "true"},
+    citation="Raposo et al., Mixture-of-Depths: Dynamically allocating compute in transformer-based language models, 2024",
+    needs="trained weights",
+    note="file= takes trained routers (dyncc.save_parameters), layers= every second layer; 12.5 % of the tokens is the authors' capacity; "
+    "keys and values are computed for all tokens, where the authors' layers see the chosen ones alone",
+    confidence="medium",
+)
+
+SKIPDECODE = Recipe(
+    name="skipdecode",
+    pass_name="drop-layers",
+    options={"active": "1", "warm": "1"},
+    citation="Del Corro et al., SkipDecode: Autoregressive Skip Decoding with Batching and Caching for Efficient LLM Inference, 2023",
+    needs="training-free",
+    note="one level: active= layers run, one at the bottom and the others at the top; dyncc.optimize_by_position makes a graph a level and "
+    "takes the one of a token's position; the authors fine-tune",
+    confidence="high",
+)
+
 RECIPES: tuple[Recipe, ...] = (
     EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, ACTQKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
-    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, TOVA, CALM,
+    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, TOVA, CALM, INFORMED_ROUTING, MIXTURE_OF_DEPTHS, SKIPDECODE,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""
