@@ -112,6 +112,8 @@ def is_effect(node: fx.Node) -> bool:
         return True
     if is_attention(node) and argument(node, "dropout_p", 0.0) == 0.0:
         return False
+    if op_name(node) == "dropout" and not argument(node, "train", False):
+        return False
     if isinstance(node.target, torch._ops.OpOverload):
         return torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.name == "aten::_assert_async"
     return node.is_impure()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from dyncc.analysis.axes import Axes, Dim, size_expr
-from dyncc.ir import ancestors, argument, descendants, is_attention, is_effect, is_tensor, operands, output_node, refresh, shape, val
+from dyncc.ir import ancestors, descendants, is_effect, is_tensor, operands, output_node, refresh, shape, val
 from dyncc.restrict import IT, Refusal, resize, where
 
 
@@ -33,7 +33,7 @@ def find_region(entries: Sequence[fx.Node], exits: Sequence[fx.Node]) -> Region:
     inside = set().union(*(descendants(n) for n in entries)) & ancestors(exits) - set(entries)
     nodes = tuple(n for n in graph.nodes if n in inside)
     for node in nodes:
-        if is_effect(node) and not (is_attention(node) and argument(node, "dropout_p", 0.0) == 0.0):
+        if is_effect(node):
             raise Refusal(f"{where(node)} writes in place or draws random numbers, which a branch must not do")
         stranger = next((u for u in node.users if u not in inside), None) if node not in exits else None
         if stranger is not None:

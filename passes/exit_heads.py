@@ -33,16 +33,16 @@ class Head:
 
 
 def find_head(graph: fx.Graph, axes: Axes, stack: Stack, reads: Reads) -> Head:
-    """The head of the model, by dataflow.
+    """The head of the model, by dataflow. A model that returns the state behind its last layer has one that changes nothing.
 
     Raises:
-        Refusal: nothing is computed behind the last layer, or what is computed there cannot be computed elsewhere.
+        Refusal: no output comes from the last layer, or what is computed behind it cannot be computed elsewhere.
     """
     end = stack.layers[-1].end
-    behind = descendants(end)
+    behind = {end, *descendants(end)}
     exits = [n for n in outputs(graph) if isinstance(n, fx.Node) and n in behind and is_tensor(n)]
     if not exits:
-        raise Refusal("no output is computed behind the last layer, so there is no head to leave by")
+        raise Refusal("no output comes from the last layer, so there is no head to leave by")
     suffix = find_region([end], list(dict.fromkeys(exits)))
     found = [n for n in suffix.nodes if n in reads.nodes]
     if len(found) != 1:
