@@ -166,6 +166,15 @@ def test_every_kind_is_shown_and_compared() -> None:
         assert bool(ended) or not kind.ends or kind.entry in ("gather_rows", "merge_rows")
 
 
+def test_what_kernels_share_names_no_kind() -> None:
+    shared = ("source", "frame", "launch", "module", "compiled", "catalogue", "figures", "spec")
+    for name in shared:
+        text = (Path(store.__file__).parent / f"{name}.py").read_text(encoding="utf-8").replace("`attend_w64", "")
+        found = [kind for kind in KINDS if kind != "rows" and kind in text]  # rows are also what tiles have
+        found += [kind.__name__ for kind in KINDS.values() if kind.__name__ in text and kind is not Rows]
+        assert found == [], name
+
+
 def test_a_new_epilogue_is_one_file_and_every_kind_that_ends_can_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EPILOGUES, "double", Epilogue((), (), ("result = result * 2.0",), lambda result: result * 2))
     for spec in (Attend(64), JoinParts(64), LinearChunk(64), LinearStep(64), GatherRows(64), ScatterRows(64), MergeRows(64)):

@@ -41,6 +41,6 @@ def line(row: dict[str, Any]) -> str:
     if "target" not in row:
         return f"{row['name']}: {row['spec']}" + (f" -> {row['path']}" if "path" in row else "")
     taken = f"{row['registers']} registers, {row['spills']} bytes spilled, {row['shared_memory']:,} bytes shared"
-    told = f"{row['name']} on {row['target']}: {taken}, occupancy {row['occupancy']:.2f}, at least {1e6 * row['seconds']:.0f} us"
+    told = f"{row['name']} on {row['target']}: {taken}, occupancy {row['occupancy']:.2f}, at least {1e6 * row['seconds']:.3g} us"
     changed = {name: value for name, value in (row["before"] or {}).items() if value != row[name]}
     return told + (" (before: " + ", ".join(f"{name} {value}" for name, value in changed.items()) + ")" if changed else "")
