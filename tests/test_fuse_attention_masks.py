@@ -166,7 +166,7 @@ def test_with_gradients_slopes_stay_a_mask_and_gradients_are_right() -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [alibi, alibi_of_all, prefix_where])
+@pytest.mark.parametrize("function", [alibi, prefix_where, pytest.param(alibi_of_all, marks=pytest.mark.full)])
 @pytest.mark.parametrize("rows", [pytest.param(slice(-1, None), marks=pytest.mark.full), slice(2, 4)])
 def test_rows_that_are_sliced_keep_their_distances(function: Any, rows: slice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse_attention, "LONG", T)
@@ -285,7 +285,7 @@ def test_what_stays_beside_what_is_fused_stays_as_it_was() -> None:
     assert names.count("exp") == 1 and "softmax" not in names
 
 
-@pytest.mark.parametrize("prefix", [0, 3, 9, 50])
+@pytest.mark.parametrize("prefix", [3, 9, *(pytest.param(n, marks=pytest.mark.full) for n in (0, 50))])
 @pytest.mark.parametrize("more", ["", "mask", "added", "cap", "slopes", "sinks"])
 def test_a_prefix_and_slopes_on_a_cpu_are_what_they_mean(prefix: int, more: str) -> None:
     torch.manual_seed(0)

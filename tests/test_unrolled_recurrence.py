@@ -87,7 +87,9 @@ def delta(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
     return torch.stack(outs, 2), s
 
 
-FUSED = (by_sums, by_products, one_decay_a_head, no_decay_and_features, a_number, delta)
+FUSED = (
+    by_sums, no_decay_and_features, delta, *(pytest.param(f, marks=pytest.mark.full) for f in (by_products, one_decay_a_head, a_number)),
+)  # fmt: skip
 
 
 def fused(function: Callable[..., Any], tokens: int = T) -> tuple[Any, Applied]:
@@ -219,7 +221,10 @@ def test_few_tokens_and_too_many_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a loop over 9 tokens is written out, which is read up to 8" in fused(by_sums)[1].reason
 
 
-@pytest.mark.parametrize("kind", [pytest.param(GatedLinearAttention, marks=pytest.mark.full), GatedDeltaRule, TwoWayLinearAttention])
+LOOPS = [GatedDeltaRule, *(pytest.param(kind, marks=pytest.mark.full) for kind in (GatedLinearAttention, TwoWayLinearAttention))]
+
+
+@pytest.mark.parametrize("kind", LOOPS)
 def test_layers_that_loop(kind: Any) -> None:
     torch.manual_seed(0)
     layer, x = kind(16, heads=2).eval(), torch.randn(2, 11, 16)
