@@ -57,15 +57,17 @@ def branch(program: Program, made: Branch, realise: Realise, buckets: Sequence[i
     """
     region = made.region
     before = region.nodes[-1].next
+    inside = set(region.nodes)
+    readers = [[u for u in e.users if u not in inside] for e in region.exits]
     if realise == "select":
         results = [emit(before, partial(chosen, dim=made.exit_dim(e)), made.active, e, o) for e, o in _pairs(made)]
     else:
         some = _compacted(made, sorted(set(buckets))) if realise == "compact" else _whole(made)
         needed = emit(before, lambda active: active.any(), made.active)
         results = _cond(before, needed, some, _nothing(made), made.given, program.module)
-    inside = {*region.nodes, *results}
-    for given, result in zip(region.exits, results, strict=True):
-        given.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    for given, result, users in zip(region.exits, results, readers, strict=True):
+        for user in users:
+            user.replace_input_with(given, result)
     if realise != "select":
         for node in reversed(region.nodes):
             program.graph.erase_node(node)

@@ -14,7 +14,7 @@ import dyncc
 from dyncc.decoding import Prefill
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-RUN_HERE = {"encoder_pruning", "exit_digits", "generate_smollm2", "onnx_generate", "passkey", "vit_random"}
+RUN_HERE = {"encoder_pruning", "generate_smollm2", "onnx_generate", "passkey", "vit_random"}
 
 
 def load_example(name: str) -> ModuleType:
@@ -41,14 +41,6 @@ def test_generate_smollm2() -> None:
     assert found["same"] and found["graphs"] in (2, 3)
     for report in found["reports"]:
         assert report.fallback is None and report.found_attention == report.expected_attention == 30
-
-
-@pytest.mark.full
-def test_exit_digits() -> None:
-    flags = ["--steps", "3", "--canvases", "320", "--engines", "reference", "--batches", "16", "--pairs", "1"]
-    found = load_example("exit_digits").main(flags)
-    assert sum(found["histogram"]) == 320 and len(found["cuts"]) == 12
-    assert found["lost"][1] <= found["lost"][0] <= found["lost"][2] and set(found["speeds"]) == {("reference", 16)}
 
 
 def test_vit_random() -> None:
