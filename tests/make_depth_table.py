@@ -15,7 +15,8 @@ from make_coverage import DOCS, Row
 from zoo import CASES, by_name
 from zoo_model import ZooModel
 
-PASSES = ("drop-layers{layers=2}", "exit-early{layers=1 score=saturation}")
+ROUTE = "route-tokens{layers=1 fill=carry score=norm}"
+PASSES = ("drop-layers{layers=2}", "exit-early{layers=1 score=saturation}", ROUTE)
 MODELS = [model for model, attn in CASES if attn == "sdpa"]
 
 
@@ -31,12 +32,14 @@ def row(name: str, passes: str) -> tuple[int, str, bool]:
 
 
 def rows_of(model: ZooModel) -> list[Row]:
-    """One row a pass: every model of the zoo has layers, so one application is expected of each."""
-    found = [(name, *row(model.name, name)[:2]) for name in PASSES]
-    return [
-        {"model": model.name, "attention": "sdpa", "pass": name, "applied": applied, "expected": 1, "reason": "" if applied else reason}
-        for name, applied, reason in found
-    ]
+    """One row a pass. All models have layers, so one application is expected of each; but later tokens must not choose earlier ones."""
+    rows = []
+    for name in PASSES:
+        expected = int(not (name == ROUTE and model.causal and model.all_positions))
+        applied, reason, _ = row(model.name, name)
+        told = "" if applied >= expected else reason
+        rows.append({"model": model.name, "attention": "sdpa", "pass": name, "applied": applied, "expected": expected, "reason": told})
+    return rows
 
 
 def checked_in() -> list[Row]:
@@ -51,7 +54,8 @@ def markdown(rows: list[Row]) -> str:
         [
             "# Coverage of passes that skip layers",
             "",
-            "Whether each pass applied; one application is expected of each model (4 layers, door 2, reference engine).",
+            "Whether each pass applied (4 layers, door 2, reference engine). Where a model answers at all positions, later tokens must not",
+            "choose earlier ones: routing them by count is expected to be refused there.",
             "`python tests/make_depth_table.py` writes this file; a test fails when a number falls.",
             *text[4:],
         ]

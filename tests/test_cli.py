@@ -70,7 +70,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 MODEL = "factory_of_cli:make"
 BAD = {
-    "unknown pass": (["explain", MODEL, "--passes", "prune-token"], "unknown pass 'prune-token'; did you mean 'prune-tokens' or 'route-tokens'?"),
+    "unknown pass": (["explain", MODEL, "--passes", "prune-token"], "'prune-token'; did you mean 'prune-tokens' or 'route-tokens'?"),
     "unknown option": (
         ["explain", MODEL, "--passes", "prune-tokens{kep=0.5}"],
         "prune-tokens has no option 'kep'; did you mean 'keep'? (its options: ",
