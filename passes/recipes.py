@@ -266,7 +266,8 @@ CALM = Recipe(
     citation="Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022",
     needs="training-free",
     note="margin of the two best tokens; score=saturation is the paper's second score. The threshold decays with the tokens read, which a "
-    "graph knows, where the paper counts those written. For a first token or an encoder's result: graphs that return keys are refused",
+    "graph knows, where the paper counts those written. For a first token or an encoder's result: "
+    "caches that are written in place are refused",
     confidence="high",
 )
 
