@@ -19,7 +19,7 @@ from torch import nn
 from dyncc.analysis.facts import analyse
 from dyncc.errors import BadOptionValue, InputMismatch, RefusedError
 from dyncc.ir import Program
-from dyncc.passes.drop_layers import one_stack
+from dyncc.passes.one_stack import one_stack
 from dyncc.restrict import Refusal
 from dyncc.runtime import Optimized, optimize
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from dyncc.analysis.facts import Facts
-from dyncc.analysis.layers import Stack, find_row_stack
+from dyncc.analysis.layers import Stack
 from dyncc.errors import BadOptionValue, BadParameterFile
 from dyncc.fitted import load_fitted
 from dyncc.ir import Program, shape
 from dyncc.options import Layers, settle
 from dyncc.pass_tensors import check_belongs
+from dyncc.passes.one_stack import one_stack
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -87,25 +88,6 @@ class DropLayers(Pass):
             problem = f"the model has {len(missed)} layers, and one must stay"
             raise BadOptionValue(option="count", value=str(self.count), problem=problem)
         return tuple(sorted(missed.argsort(stable=True)[: self.count].tolist()))
-
-
-def one_stack(program: Program, facts: Facts) -> Stack:
-    """The stack of layers of a model that has one, be it of a step of one row.
-
-    Raises:
-        Refusal: there is none, or more, or its last layer was cut down to some rows.
-    """
-    step = None if facts.stacks else find_row_stack(program.graph, facts.axes, facts.attention)
-    if step is not None:
-        return step
-    if not facts.stacks:
-        raise Refusal(facts.misses[0] if facts.misses else "no attention layers were found")
-    if len(facts.stacks) > 1:
-        raise Refusal(f"the model has {len(facts.stacks)} stacks of layers, and layer numbers do not say which one is meant")
-    stack = facts.stacks[0]
-    if stack.tail:
-        raise Refusal("the last layer was already cut down to the rows that are read; put this pass in front of slice-last-token")
-    return stack
 
 
 def skipped_layers(total: int, active: int, warm: int = 1) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from dyncc.pass_tensors import brought, check_belongs
 from dyncc.passes.exit_heads import Head, Map, find_head, put_head, row_of
 from dyncc.passes.exit_keys import keys_behind, projected
 from dyncc.passes.exit_scores import OF_LOGITS, Score, decayed, probe, saturation
+from dyncc.passes.one_stack import one_stack
 from dyncc.passes.reads import output_reads
 from dyncc.region import Rows, find_region
 from dyncc.restrict import Refusal
@@ -93,7 +94,11 @@ class ExitEarly(Pass):
 
     def run(self, program: Program, facts: Facts, context: Context) -> PassResult:
         """Put exits on the one stack of layers that the outputs come from."""
-        stack = _stack(facts)
+        stack = one_stack(program, facts)
+        if not stack.axis:
+            raise Refusal("a step of one token has no token axis to tell its layers by; rows leave prompts and encoders")
+        if stack.dim != 1:
+            raise Refusal("the token axis is not dimension 1 of the residual stream")
         layers = tuple(dict.fromkeys(self.layers.resolve(len(stack.layers))))
         if layers[-1] == len(stack.layers) - 1:
             raise Refusal(f"no layer is left to skip after layer {layers[-1]}, the last one; choose an earlier layer")
@@ -168,19 +173,6 @@ class ExitEarly(Pass):
         given = self.buckets if isinstance(self.buckets, tuple) else (self.buckets,)
         counts = {b if isinstance(b, int) else max(1, round(b * size)) for b in given}
         return sorted(c for c in counts if c < size)
-
-
-def _stack(facts: Facts) -> Stack:
-    if not facts.stacks:
-        raise Refusal(facts.misses[0] if facts.misses else "no attention layers were found")
-    if len(facts.stacks) > 1:
-        raise Refusal(f"the model has {len(facts.stacks)} stacks of layers, and it is not clear which one rows would leave")
-    stack = facts.stacks[0]
-    if stack.tail:
-        raise Refusal("the last layer was already cut down to the rows that are read; run exit-early before slice-last-token")
-    if stack.dim != 1:
-        raise Refusal("the token axis is not dimension 1 of the residual stream")
-    return stack
 
 
 def _check_logits(answer: fx.Node, score: str) -> None:

@@ -130,6 +130,25 @@ def test_one_class_alone_gives_a_probe_that_says_so() -> None:
 
 
 @torch.no_grad()
+def test_a_probe_reads_the_row_that_the_head_reads(tmp_path: Path) -> None:
+    tiny = Tiny(kind="decoder", returns="last")
+    model, calls = tiny.build(), data(tiny, count=12, padded=False)
+    model.tokens.weight.mul_(8)  # so that answers differ from row to row
+    dyncc.fit(model, data=calls, plan="exits{layers=0 probe=true}", output=tmp_path)
+    found, kept = load_fitted(tmp_path), list[Tensor]()
+    hooks = [model.blocks[i].register_forward_hook(lambda m, a, o: kept.append(o[0][:, -1])) for i in (0, tiny.layers - 1)]
+    answers = torch.cat([model(*call).argmax(-1) for call in calls])
+    [hook.remove() for hook in hooks]
+    rows = torch.cat(kept[::2])
+    mapped = nn.functional.linear(rows, found.take("exit.0.map.weight"), found.take("exit.0.map.bias"))
+    agrees = model.head(model.norm(mapped)).argmax(-1) == answers
+    weight, bias = logistic(rows, agrees)
+    assert 0 < int(agrees.sum()) < len(agrees)
+    torch.testing.assert_close(found.take("exit.0.probe.weight")[0], weight.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.take("exit.0.probe.bias"), bias.float()[None], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_drops_are_the_divergence_of_models_without_the_layer(tmp_path: Path) -> None:
     model, calls = DECODER.build(), data(padded=False)
     dyncc.fit(model, data=calls, plan="drops", output=tmp_path)

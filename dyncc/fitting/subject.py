@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dyncc.analysis.facts import analyse
+from dyncc.analysis.facts import Facts, analyse
 from dyncc.analysis.layers import Stack
 from dyncc.capture import CaptureError, Signature, from_model
 from dyncc.errors import BadCalibration, InputMismatch
 from dyncc.fitting.calibration import Batch
 from dyncc.fitting.replay import replay
 from dyncc.ir import Program, descendants, is_tensor, outputs, shape, val
+from dyncc.passes.exit_heads import find_head
 from dyncc.passes.padding import padding_input, real_rows
+from dyncc.passes.reads import output_reads
 from dyncc.restrict import Refusal
 from dyncc.runtime import flat_example
 from dyncc.surface import check_surface
@@ -25,7 +27,7 @@ from dyncc.surface import check_surface
 @dataclass(frozen=True, eq=False)
 class Subject:
     """`states`: the residual stream in front of layer 0, 1, ... and behind the last one; `output`: the first output behind it that is no
-    cache; `real`: the node [B, T] that says which rows are no padding, or None."""
+    cache; `real`: the node [B, T] that says which rows are no padding, or None; `at`: the one row that the head reads, 0 or -1, or None."""
 
     program: Program
     signature: Signature
@@ -33,6 +35,7 @@ class Subject:
     states: tuple[fx.Node, ...]
     output: fx.Node
     real: fx.Node | None
+    at: int | None
 
     @property
     def layers(self) -> int:
@@ -95,8 +98,18 @@ def subject_of(model: nn.Module, first: Batch) -> Subject:
         source = padding_input([x.attention for x in stack.layers], facts.axes, stack.axis, stack.batch)
     except Refusal as refusal:
         raise BadCalibration(problem=str(refusal)) from refusal
+    at = _row_read(program, facts, stack)
     real = None if source is None else real_rows(last.next, source, last)
-    return Subject(program, signature, stack, (*(x.start for x in stack.layers), last), found[0], real)
+    return Subject(program, signature, stack, (*(x.start for x in stack.layers), last), found[0], real, at)
+
+
+def _row_read(program: Program, facts: Facts, stack: Stack) -> int | None:
+    """The row that `exit-early` would score a sequence by, as it finds it; None: the mean of all."""
+    try:
+        head = find_head(program.graph, facts.axes, stack, output_reads(program, facts, stack))
+    except Refusal:
+        return None
+    return head.at if head.read is not None else None
 
 
 def all_finite(value: Tensor) -> bool:
