@@ -95,4 +95,4 @@ def nothing_summed(wide: int) -> list[str]:
 
 
 DIVIDED = "result = acc / tl.where(total == 0.0, 1.0, total)[:, None]"
-"""What a softmax has summed; a row that saw no key gives zeros."""
+"""The mean of what was summed with weights, of which `total` is the sum; a row that has none gives zeros."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import TILE, Operand
-from dyncc.kernels.generator.kinds.rows import check_row
+from dyncc.kernels.generator.kinds.row_base import check_row
 from dyncc.kernels.generator.spec import KernelSpec, check, power
 
 LOWEST = -3.0e38
