@@ -74,9 +74,8 @@ def ending(epilogues: tuple[str, ...], place: str = "") -> list[str]:
     ]
 
 
-def softmax_step(exact: bool) -> list[str]:
+def softmax_step(precision: str) -> list[str]:
     """Masked `logits` [rows, keys] and `v_tile` [keys, channels] join what `top`, `total` and `acc` have summed."""
-    precision = ', input_precision="ieee"' if exact else ""
     return [
         "higher = tl.maximum(top, tl.max(logits, axis=1))",
         'base = tl.where(higher == -float("inf"), 0.0, higher)',

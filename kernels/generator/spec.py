@@ -76,6 +76,11 @@ class KernelSpec(ABC):
         """Whether products are of fp32 numbers, which matrix units would round."""
         return self.dtype == "float32"
 
+    @property
+    def precision(self) -> str:
+        """The last argument of its products."""
+        return ', input_precision="ieee"' if self.exact else ""
+
     @abstractmethod
     def operands(self) -> tuple[Operand, ...]:
         """Its own tensors, `out` among them where it `ends`."""
