@@ -48,7 +48,8 @@ class KernelSpec(ABC):
         check(self.dtype in DTYPES, "dtype", self.dtype, f"kernels take {', '.join(DTYPES)}")
         check(self.ends or not self.epilogues, "epilogues", ",".join(self.epilogues), f"{self.entry} stores no tile that they could change")
         for name in self.epilogues:
-            check(name in EPILOGUES, "epilogues", name, f"choose of {', '.join(EPILOGUES)}{near(name, EPILOGUES)}")
+            if name not in EPILOGUES:
+                raise BadKernelSpec(option="epilogues", value=name, problem=f"choose of {', '.join(EPILOGUES)}{near(name, EPILOGUES)}")
         read = [x for name in self.epilogues for x in EPILOGUES[name].tensors]
         check(len(set(read)) == len(read), "epilogues", ",".join(self.epilogues), "each may stand once, and one of those that read a gate")
         for name in self.tiles:
@@ -149,6 +150,11 @@ def check(holds: bool, option: str, value: object, problem: str) -> None:
     """
     if not holds:
         raise BadKernelSpec(option=option, value=value, problem=problem)
+
+
+def dtype_of(x: Tensor) -> str:
+    """A tensor's type as specs name it."""
+    return str(x.dtype).removeprefix("torch.")
 
 
 def check_width(width: int, option: str = "width") -> None:
