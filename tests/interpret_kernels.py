@@ -27,12 +27,12 @@ from dyncc.kernels.generator.kinds import (
     ScorePages,
     SelectBest,
 )
-from dyncc.kernels.generator.samples import sample
+from dyncc.kernels.generator.samples import beside_truth
 from dyncc.kernels.generator.spec import KernelSpec
+from dyncc.kernels.generator.standard import GATED_NORM
 
 CLOSE = {"float32": 2e-5, "float16": 4e-3}
 SMALL: dict[str, Any] = {"rows": 16, "keys": 16, "dtype": "float32"}
-GATED_NORM = ("norm", "gate-silu")
 F32: dict[str, Any] = {"dtype": "float32"}
 F16: dict[str, Any] = {"dtype": "float16"}
 ATTEND_FORMS: tuple[dict[str, Any], ...] = (
@@ -121,13 +121,9 @@ CASES: dict[str, list[Case]] = {
 
 
 def compare(spec: KernelSpec, sizes: dict[str, Any]) -> None:
-    given, more = sample(spec, **sizes)
-    want = spec.truth(*given, **more)
-    told = {**more, **({"out": more["out"].clone()} if "out" in more else {})}
-    got = spec.run(*given, **told)
     close, stretch = CLOSE[spec.dtype], sizes.get("stretch", 1.0)
     least = close * (stretch if 1 < stretch < 1e6 else 1.0)
-    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want)), strict=True):
+    for one, other in beside_truth(spec, **sizes):
         assert not one.isnan().any() and one.dtype == other.dtype, spec
         torch.testing.assert_close(one, other, rtol=close, atol=least, msg=lambda m: f"{spec.name} {sizes}: {m}")
 

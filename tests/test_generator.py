@@ -166,6 +166,13 @@ def test_every_kind_is_shown_and_compared() -> None:
         assert bool(ended) or not kind.ends or kind.entry in ("gather_rows", "merge_rows")
 
 
+@pytest.mark.parametrize("name", ["operands", "body", "work", "sized", "run", "truth"])
+def test_a_kind_that_lacks_a_method_is_told_when_one_is_made(name: str) -> None:
+    lacking = type("Lacking", (Rows,), {name: getattr(KernelSpec, name)})
+    with pytest.raises(TypeError, match=f"abstract class Lacking .*{name}"):
+        lacking(64, epilogues=("norm",))
+
+
 def test_what_kernels_share_names_no_kind() -> None:
     shared = ("source", "frame", "launch", "module", "compiled", "catalogue", "figures", "spec")
     for name in shared:

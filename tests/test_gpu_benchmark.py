@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dyncc.kernels.generator.kinds import JoinParts, Rows
-from dyncc.kernels.generator.samples import sample
+from dyncc.kernels.generator.samples import sample, tensor_pairs
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_rivals_compute_what_the_kernels_compute(gpu: Any) -> None:
             if name == "flash-linear-attention":
                 continue
             got = rival(exact, *given, **more)
-            for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want)), strict=True):
+            for one, other in tensor_pairs(got, want):
                 torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4, msg=lambda m, n=name, s=spec: f"{n} of {s.name}: {m}")
             compared.add((spec.entry, name))
     assert {name for kind, name in compared if kind == "attend"} == {"compiled eager", "FlexAttention", "SDPA"}

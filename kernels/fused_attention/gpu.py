@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dyncc.kernels.fused_attention.truth import attend, check, distances, gated, seen
 from dyncc.kernels.generator import Attend
-from dyncc.kernels.generator.spec import DTYPES, WIDEST
+from dyncc.kernels.generator.spec import DTYPES, WIDEST, dtype_of
 
 TRITON = importlib.util.find_spec("triton") is not None
 EPILOGUES = {"sigmoid": "gate-sigmoid", "silu": "gate-silu"}
@@ -43,8 +43,7 @@ def attend_by_kernel(
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **told)  # type: ignore[arg-type]
     mask = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "added"
     fused = (EPILOGUES[activation],) if gate is not None and activation in EPILOGUES else ()
-    dtype = str(query.dtype).removeprefix("torch.")
-    spec = Attend(query.shape[3], value.shape[3], is_causal, window, cap, mask, sinks is not None, dtype=dtype, epilogues=fused)
+    spec = Attend(query.shape[3], value.shape[3], is_causal, window, cap, mask, sinks is not None, dtype=dtype_of(query), epilogues=fused)
     out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
     each = None if sinks is None else sinks.reshape(-1).expand(query.shape[1]).contiguous()
     more = {"gate": gate} if fused else {}
@@ -68,7 +67,7 @@ def as_mask(
 
 def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, gate: Tensor | None) -> bool:
     """Whether a kernel is generated for such tensors: types and widths that it takes, a sink for each head, and Triton at hand."""
-    if not TRITON or str(query.dtype).removeprefix("torch.") not in DTYPES:
+    if not TRITON or dtype_of(query) not in DTYPES:
         return False
     given = [x for x in (key, value, sinks, gate, mask) if x is not None and x.dtype != torch.bool]
     heads = sinks is None or sinks.numel() == 1 or (sinks.dim() > 2 and sinks.shape[-3] == sinks.numel() == query.shape[1])

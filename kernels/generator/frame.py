@@ -74,9 +74,8 @@ def ending(epilogues: tuple[str, ...], place: str = "") -> list[str]:
     ]
 
 
-def softmax_step(exact: bool) -> list[str]:
+def softmax_step(precision: str) -> list[str]:
     """Masked `logits` [rows, keys] and `v_tile` [keys, channels] join what `top`, `total` and `acc` have summed."""
-    precision = ', input_precision="ieee"' if exact else ""
     return [
         "higher = tl.maximum(top, tl.max(logits, axis=1))",
         'base = tl.where(higher == -float("inf"), 0.0, higher)',
@@ -95,4 +94,4 @@ def nothing_summed(wide: int) -> list[str]:
 
 
 DIVIDED = "result = acc / tl.where(total == 0.0, 1.0, total)[:, None]"
-"""What a softmax has summed; a row that saw no key gives zeros."""
+"""The mean of what was summed with weights, of which `total` is the sum; a row that has none gives zeros."""

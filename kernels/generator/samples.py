@@ -23,6 +23,19 @@ def sample(spec: KernelSpec, device: str = "cpu", **sizes: Any) -> Sample:
         return given, more | _extras(spec, shape)
 
 
+def beside_truth(spec: KernelSpec, device: str = "cpu", **sizes: Any) -> list[tuple[Tensor, Tensor]]:
+    """What `run` and `truth` make of one sample, tensor by tensor."""
+    given, more = sample(spec, device, **sizes)
+    want = spec.truth(*given, **more)
+    told = {**more, **({"out": more["out"].clone()} if "out" in more else {})}
+    return tensor_pairs(spec.run(*given, **told), want)
+
+
+def tensor_pairs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
+    """Two results, of a tensor or a tuple of them each, tensor by tensor."""
+    return list(zip(*(x if isinstance(x, tuple) else (x,) for x in (one, other)), strict=True))
+
+
 def _extras(spec: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
     dtype = getattr(torch, spec.dtype)
     made: dict[str, Any] = {"gate": lambda: torch.randn(*shape[:3], 1).to(dtype), "residual": lambda: torch.randn(shape).to(dtype)}

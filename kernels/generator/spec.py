@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -18,14 +19,15 @@ WIDEST = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelSpec:
-    """A kernel of one kind: a frozen value, checked when it is made.
+class KernelSpec(ABC):
+    """A kernel of one kind: a frozen value, checked when it is made. Of a kind that lacks an abstract method none can be made.
 
     `epilogues` are names of EPILOGUES, in order; `warps` is how many work on one program, `stages` how many tiles
     are loaded ahead (0: chosen).
 
     Raises:
         BadKernelSpec: no such kernel can be made; the message names the field.
+        TypeError: its kind lacks methods; the message names them.
     """
 
     entry: ClassVar[str]
@@ -46,7 +48,8 @@ class KernelSpec:
         check(self.dtype in DTYPES, "dtype", self.dtype, f"kernels take {', '.join(DTYPES)}")
         check(self.ends or not self.epilogues, "epilogues", ",".join(self.epilogues), f"{self.entry} stores no tile that they could change")
         for name in self.epilogues:
-            check(name in EPILOGUES, "epilogues", name, f"choose of {', '.join(EPILOGUES)}{near(name, EPILOGUES)}")
+            if name not in EPILOGUES:
+                raise BadKernelSpec(option="epilogues", value=name, problem=f"choose of {', '.join(EPILOGUES)}{near(name, EPILOGUES)}")
         read = [x for name in self.epilogues for x in EPILOGUES[name].tensors]
         check(len(set(read)) == len(read), "epilogues", ",".join(self.epilogues), "each may stand once, and one of those that read a gate")
         for name in self.tiles:
@@ -74,9 +77,14 @@ class KernelSpec:
         """Whether products are of fp32 numbers, which matrix units would round."""
         return self.dtype == "float32"
 
+    @property
+    def precision(self) -> str:
+        """The last argument of its products."""
+        return ', input_precision="ieee"' if self.exact else ""
+
+    @abstractmethod
     def operands(self) -> tuple[Operand, ...]:
         """Its own tensors, `out` among them where it `ends`."""
-        raise NotImplementedError
 
     def sizes(self) -> tuple[str, ...]:
         """Its own integer arguments."""
@@ -90,36 +98,36 @@ class KernelSpec:
         """What is fixed when it is compiled, at the sizes that figures are told for."""
         return {"HEADS": 32}
 
+    @abstractmethod
     def body(self, ending: list[str]) -> list[str]:
         """Its lines. Where it `ends`, they leave fp32 `result` [ROWS, lanes] in front of `ending`, which reads `kept` and `WIDTH`."""
-        raise NotImplementedError
 
     def ending(self) -> list[str]:
         return ending(self.epilogues) if self.ends else []
 
+    @abstractmethod
     def work(self) -> tuple[int, int]:
         """Operations and bytes at the sizes that figures are told for: a multiply-add counts two, every operand is read once."""
-        raise NotImplementedError
 
     def least_shared(self) -> int:
         """Bytes of shared memory below which no kernel of this spec gets."""
         return 0
 
+    @abstractmethod
     def sized(self) -> str:
         """The first word of its name behind its kind."""
-        raise NotImplementedError
 
     def told(self) -> list[str]:
         """More words of its name."""
         return []
 
+    @abstractmethod
     def run(self, *given: Tensor, **more: Any) -> Any:
         """Launch it on tensors. Each kind says which."""
-        raise NotImplementedError
 
+    @abstractmethod
     def truth(self, *given: Tensor, **more: Any) -> Any:
         """What `run` gives, in plain ATen."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -142,6 +150,11 @@ def check(holds: bool, option: str, value: object, problem: str) -> None:
     """
     if not holds:
         raise BadKernelSpec(option=option, value=value, problem=problem)
+
+
+def dtype_of(x: Tensor) -> str:
+    """A tensor's type as specs name it."""
+    return str(x.dtype).removeprefix("torch.")
 
 
 def check_width(width: int, option: str = "width") -> None:

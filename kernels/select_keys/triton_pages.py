@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from dyncc.kernels.generator.kinds import AttendChosen, JoinParts, ScorePages
+from dyncc.kernels.generator.spec import dtype_of
 
 
 def score(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Bounds [B, H, pages] for q [B, H, 1, D], low and high [B, G, pages, D]."""
-    bounds: Tensor = ScorePages(q.shape[3], dtype=_dtype(q)).run(q, low, high)
+    bounds: Tensor = ScorePages(q.shape[3], dtype=dtype_of(q)).run(q, low, high)
     return bounds
 
 
@@ -29,19 +30,15 @@ def attend(
         page: keys of a page; 1 makes `index` chosen keys. visible: [B, N] bool.
         epilogues: what the kernel that joins the parts ends with; extras: what those read, broadcastable to the result.
     """
-    spec = AttendChosen(q.shape[3], v.shape[3], page, masked=visible is not None, dtype=_dtype(q))
+    spec = AttendChosen(q.shape[3], v.shape[3], page, masked=visible is not None, dtype=dtype_of(q))
     parts = spec.run(q, k, v, index, visible=visible, scale=scale)
     batch, heads, width = q.shape[0], q.shape[1], v.shape[3]
     apart, together = parts[2].shape[1], parts[2].shape[3]
     told = {name: _folded(x, (batch, heads, 1, width), (batch, apart, together, width)) for name, x in extras.items()}
-    joined: Tensor = JoinParts(width, dtype=_dtype(q), epilogues=epilogues).run(*parts, **told)
+    joined: Tensor = JoinParts(width, dtype=dtype_of(q), epilogues=epilogues).run(*parts, **told)
     return joined.view(batch, heads, 1, width)
 
 
 def _folded(x: Any, shape: tuple[int, ...], apart: tuple[int, ...]) -> Any:
     """Heads that chose together as rows, as the parts have them."""
     return x.expand(shape).reshape(apart) if isinstance(x, Tensor) else x
-
-
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

@@ -1,4 +1,6 @@
-"""The kinds of kernels: one file each, with what it is asked, its operands, its lines, its launch and its truth."""
+"""The kinds of kernels: one file each, with what it is asked, its operands, its lines, its launch and its truth; `row_base` and `head_base`
+have what several share.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dyncc.kernels.generator.frame import OUT, TILE, Operand
 from dyncc.kernels.generator.kinds.attend_lines import lines
-from dyncc.kernels.generator.spec import WIDEST, KernelSpec, check, check_width, power
+from dyncc.kernels.generator.kinds.head_base import HeadKernel, check_widths
+from dyncc.kernels.generator.launch import blocks, broadcast, ended, launch, side_by_side
+from dyncc.kernels.generator.spec import check
 
 MASKS = ("none", "bool", "added")
 HEADS, GROUPS, TOKENS = 32, 8, 4096
@@ -19,7 +21,7 @@ HEADS, GROUPS, TOKENS = 32, 8, 4096
 
 
 @dataclass(frozen=True)
-class Attend(KernelSpec):
+class Attend(HeadKernel):
     """Attention of [B, H, Tq, width] queries over [B, G, Tk, width] keys, as `dyncc::attend` means it.
 
     `wide` is the width of values (0: that of keys). `rows` and `keys` are the tile sizes of one program (0: chosen).
@@ -30,8 +32,6 @@ class Attend(KernelSpec):
     title: ClassVar[str] = "Attention"
     tiles: ClassVar[tuple[str, ...]] = ("rows", "keys")
 
-    width: int
-    wide: int = 0
     causal: bool = False
     window: int = 0
     cap: float = 0.0
@@ -42,22 +42,12 @@ class Attend(KernelSpec):
     packed: bool = False
 
     def __post_init__(self) -> None:
-        check_width(self.width)
-        check(0 <= self.wide <= WIDEST, "wide", self.wide, f"a value has 1 to {WIDEST} channels, or 0 for as many as a key")
+        check_widths(self.width, self.wide)
         check(self.mask in MASKS, "mask", self.mask, f"choose one of {', '.join(MASKS)}")
         check(self.window >= 0 and (self.causal or not self.window), "window", self.window, "a window needs causal=True and counts keys")
         check(not self.packed or self.mask == "none", "packed", self.packed, "packed sequences have no mask; give mask=none")
         check(0 <= self.cap < float("inf"), "cap", self.cap, "a soft cap is a positive number, or 0 for none")
         super().__post_init__()
-
-    @property
-    def value_width(self) -> int:
-        return self.wide or self.width
-
-    @property
-    def lanes(self) -> tuple[int, int]:
-        """Channels of keys and of values as tiles hold them."""
-        return power(self.width), power(self.value_width)
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -80,14 +70,8 @@ class Attend(KernelSpec):
     def sizes(self) -> tuple[str, ...]:
         return ("rows", "keys")
 
-    def numbers(self) -> tuple[str, ...]:
-        return ("scale",)
-
     def constants(self) -> dict[str, int]:
         return {"HEADS": HEADS, "GROUPS": GROUPS}
-
-    def sized(self) -> str:
-        return f"w{self.width}" + (f"x{self.wide}" if self.wide else "")
 
     def told(self) -> list[str]:
         told = [*(["causal"] if self.causal else []), *([f"window{self.window}"] if self.window else [])]
@@ -131,8 +115,6 @@ def _run(
     spec: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
     out: Tensor | None = None, starts: Tensor | None = None, longest: int = 0, **extras: Any,
 ) -> Tensor:  # fmt: skip
-    from dyncc.kernels.generator.launch import blocks, broadcast, launch, side_by_side
-
     batch, heads, rows, width = q.shape
     shape = (batch, heads, rows, spec.value_width)
     out = q.new_empty(shape) if out is None else out
@@ -150,7 +132,6 @@ def _truth(
     out: Tensor | None = None, starts: Tensor | None = None, longest: int = 0, **extras: Any,
 ) -> Tensor:  # fmt: skip
     from dyncc.kernels.fused_attention.truth import attend
-    from dyncc.kernels.generator.launch import ended
 
     more: dict[str, Any] = {"scale": scale, "cap": spec.cap, "window": spec.window}
     more["sinks"] = None if sinks is None else sinks.view(1, -1, 1, 1).float()

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import TILE, Operand, ids, nothing_summed, softmax_step, tile
-from dyncc.kernels.generator.spec import WIDEST, KernelSpec, check, check_width, power
+from dyncc.kernels.generator.kinds.head_base import HeadKernel, check_widths, query_tile
+from dyncc.kernels.generator.launch import blocks, launch, side_by_side
+from dyncc.kernels.generator.spec import check
 
 KEYS, CHOSEN = 32768, 128
 """What figures are told for: keys of a cache, and pages chosen of them."""
 
 
 @dataclass(frozen=True)
-class AttendChosen(KernelSpec):
+class AttendChosen(HeadKernel):
     """`width` channels of keys, `wide` of values (0: as many); pages of `page` keys, of which one program reads `split`; 1 a page: keys.
 
     With `masked`, keys that a mask hides count for nothing.
@@ -31,27 +33,16 @@ class AttendChosen(KernelSpec):
     tiles: ClassVar[tuple[str, ...]] = ("keys",)
     ends: ClassVar[bool] = False
 
-    width: int
-    wide: int = 0
     page: int = 16
     split: int = 16
     masked: bool = False
     keys: int = 0
 
     def __post_init__(self) -> None:
-        check_width(self.width)
-        check(0 <= self.wide <= WIDEST, "wide", self.wide, f"a value has 1 to {WIDEST} channels, or 0 for as many as a key")
+        check_widths(self.width, self.wide)
         check(self.page > 0, "page", self.page, "a page has a key at least")
         check(self.split > 0, "split", self.split, "a program reads a page at least")
         super().__post_init__()
-
-    @property
-    def value_width(self) -> int:
-        return self.wide or self.width
-
-    @property
-    def lanes(self) -> tuple[int, int]:
-        return power(self.width), power(self.value_width)
 
     @property
     def block(self) -> int:
@@ -66,14 +57,8 @@ class AttendChosen(KernelSpec):
     def sizes(self) -> tuple[str, ...]:
         return ("rows", "keys", "chosen")
 
-    def numbers(self) -> tuple[str, ...]:
-        return ("scale",)
-
     def constants(self) -> dict[str, int]:
         return {"HEADS": 8, "GROUPS": 8, "CHOICES": 8}
-
-    def sized(self) -> str:
-        return f"w{self.width}" + (f"x{self.wide}" if self.wide else "")
 
     def told(self) -> list[str]:
         return [f"page{self.page}", *(["masked"] if self.masked else [])]
@@ -90,7 +75,6 @@ class AttendChosen(KernelSpec):
         return 2 * 32 * seen * channels, moved + 32 * self.width * self.itemsize + 32 * parts * (self.value_width + 2) * 4
 
     def body(self, ending: list[str]) -> list[str]:
-        precision = ', input_precision="ieee"' if self.exact else ""
         hidden = " & (tl.load(visible + batch * visible_batch + key, mask=inside, other=0) != 0)" if self.masked else ""
         inner = [
             "slot = start + hop",
@@ -99,10 +83,10 @@ class AttendChosen(KernelSpec):
             "inside = (slot < last) & (key < keys)",
             f"seen = inside{hidden}",
             "k_tile = tl.load(k_at + key[None, :] * k_row + channel[:, None], mask=inside[None, :] & filled[:, None], other=0.0)",
-            f"logits = tl.dot(q_tile, k_tile{precision}) * scale",
+            f"logits = tl.dot(q_tile, k_tile{self.precision}) * scale",
             'logits = tl.where(seen[None, :], logits, -float("inf"))',
             "v_tile = tl.load(v_at + key[:, None] * v_row + lane[None, :], mask=inside[:, None] & (lane < WIDTH)[None, :], other=0.0)",
-            *softmax_step(self.exact),
+            *softmax_step(self.precision),
         ]
         return [
             f"KEYS: tl.constexpr = {self.block}",
@@ -111,12 +95,7 @@ class AttendChosen(KernelSpec):
             *ids(16, self.value_width),
             "part, parts = tl.program_id(2), tl.num_programs(2)",
             *tile(self.lanes[1]),
-            f"hop, channel = tl.arange(0, KEYS), tl.arange(0, {self.lanes[0]})",
-            f"filled = channel < {self.width}",
-            "q_tile = tl.load(",
-            "    q + batch * q_batch + head * q_head + here * q_row + step[:, None] * q_row + channel[None, :],",
-            "    mask=(at < rows)[:, None] & filled[None, :], other=0.0,",
-            ")",
+            *query_tile(self.width, self.lanes[0]),
             *(f"{x}_at = {x} + batch * {x}_batch + head // (HEADS // GROUPS) * {x}_head" for x in ("k", "v")),
             "index_at = index + batch * index_batch + head // (HEADS // CHOICES) * index_choice",
             *nothing_summed(self.lanes[1]),
@@ -138,8 +117,6 @@ class AttendChosen(KernelSpec):
             given: q [B, H, 1, width], k [B, G, N, width], v [B, G, N, wide], index [B, C, pages] with C of 1, G or H.
             more: `visible` [B, N] bool where the spec is masked; `scale`.
         """
-        from dyncc.kernels.generator.launch import blocks, launch, side_by_side
-
         q, k, v, index = given
         batch, heads = q.shape[:2]
         apart, chosen = max(k.shape[1], index.shape[1]), index.shape[2]
@@ -157,9 +134,11 @@ class AttendChosen(KernelSpec):
         return most, mass, sums
 
     def truth(self, *given: Tensor, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from dyncc.kernels.select_keys.pages import page_keys
+
         q, k, v, index = given
         apart, span = max(k.shape[1], index.shape[1]), self.page * self.split
-        slots = (index.unsqueeze(3) * self.page + torch.arange(self.page, device=index.device)).flatten(2)
+        slots = page_keys(index, self.page)
         slots = torch.nn.functional.pad(slots, (0, -slots.shape[2] % span), value=k.shape[2])
         slots = slots.repeat_interleave(apart // index.shape[1], 1)
         seen, at = slots < k.shape[2], slots.clamp(max=k.shape[2] - 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dyncc.kernels.generator.frame import DIVIDED, ids, nothing_summed, softmax_step, tensors, tile
+from dyncc.kernels.generator.kinds.head_base import query_tile
 
 if TYPE_CHECKING:
     from dyncc.kernels.generator.kinds.attend import Attend
@@ -24,12 +25,7 @@ def _setup(spec: Attend) -> list[str]:
         "group = head // (HEADS // GROUPS)",
         *(_packed(spec) if spec.packed else []),
         *tile(spec.lanes[1]),
-        f"hop, channel = tl.arange(0, KEYS), tl.arange(0, {spec.lanes[0]})",
-        f"filled = channel < {spec.width}",
-        "q_tile = tl.load(",
-        "    q + batch * q_batch + head * q_head + here * q_row + step[:, None] * q_row + channel[None, :],",
-        "    mask=(at < rows)[:, None] & filled[None, :], other=0.0,",
-        ")",
+        *query_tile(spec.width, spec.lanes[0]),
         f"first, last = {_span(spec)}",
         *(f"{name}_at = {name} + batch * {name}_batch + group * {name}_head{_from(spec, name + '_row')}" for name in ("k", "v")),
     ]
@@ -70,17 +66,16 @@ def _start(spec: Attend) -> list[str]:
 
 
 def _loop(spec: Attend) -> list[str]:
-    precision = ', input_precision="ieee"' if spec.exact else ""
     inner = [
         "key = start + hop",
         "k_tile = tl.load(k_at + hop[None, :] * k_row + channel[:, None], mask=(key < keys)[None, :] & filled[:, None], other=0.0)",
-        f"logits = tl.dot(q_tile, k_tile{precision}) * scale",
+        f"logits = tl.dot(q_tile, k_tile{spec.precision}) * scale",
         *_capped(spec),
         f"seen = {_seen(spec)}",
         *_masked(spec),
         'logits = tl.where(seen, logits, -float("inf"))',
         "v_tile = tl.load(v_at + hop[:, None] * v_row + lane[None, :], mask=(key < keys)[:, None] & (lane < WIDTH)[None, :], other=0.0)",
-        *softmax_step(spec.exact),
+        *softmax_step(spec.precision),
         "k_at += KEYS * k_row",
         "v_at += KEYS * v_row",
         *(["mask_at += KEYS * mask_key"] if spec.mask != "none" else []),

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import TILE, Operand
-from dyncc.kernels.generator.kinds.rows import check_row
+from dyncc.kernels.generator.kinds.row_base import check_row
+from dyncc.kernels.generator.launch import blocks, launch, side_by_side
 from dyncc.kernels.generator.spec import KernelSpec, check, power
 
 LOWEST = -3.0e38
 """Below every logit, and finite: a difference of it is a number."""
+KEPT = {"best": "most", "second": "next", "mass": "total", "tilt": "slope", "word": "chosen.to(tl.int64)"}
+"""What a program stores of its words, by operand."""
 
 
 class Confidence(NamedTuple):
@@ -55,8 +58,8 @@ class ExitConfidence(KernelSpec):
         return min(64, power(self.width))
 
     def operands(self) -> tuple[Operand, ...]:
-        kept = (Operand(name, (), "float") for name in ("best", "second", "mass", "tilt"))
-        return (Operand("x", TILE[2:]), Operand("head", TILE[2:]), *kept, Operand("word", (), "index"))
+        kept = (Operand(name, (), "index" if name == "word" else "float") for name in KEPT)
+        return (Operand("x", TILE[2:]), Operand("head", TILE[2:]), *kept)
 
     def sizes(self) -> tuple[str, ...]:
         return ("rows", "words")
@@ -76,7 +79,6 @@ class ExitConfidence(KernelSpec):
         return 2 * 16 * 131072 * self.width, (131072 + 16) * self.width * self.itemsize + 16 * (131072 // self.split) * 24
 
     def body(self, ending: list[str]) -> list[str]:
-        precision = ', input_precision="ieee"' if self.exact else ""
         lanes = [f"lane = channel + tl.arange(0, {self.piece})", "inside = lane < WIDTH"]
         inner = [
             "logits = tl.zeros([ROWS, WORDS], dtype=tl.float32)",
@@ -85,7 +87,7 @@ class ExitConfidence(KernelSpec):
             "    x_tile = tl.load(x_at[:, None] + lane[None, :], mask=(at < rows)[:, None] & inside[None, :], other=0.0)",
             "    head_at = head + (start + hop).to(tl.int64)[None, :] * head_row + lane[:, None]",
             "    head_tile = tl.load(head_at, mask=(start + hop < last)[None, :] & inside[:, None], other=0.0)",
-            f"    logits = tl.dot(x_tile, head_tile, logits{precision})",
+            f"    logits = tl.dot(x_tile, head_tile, logits{self.precision})",
             "real = (start + hop < last)[None, :]",
             f"logits = tl.where(real, logits, {LOWEST})",
             "top, place = tl.max(logits, axis=1), tl.argmax(logits, axis=1)",
@@ -118,12 +120,10 @@ class ExitConfidence(KernelSpec):
 
     def run(self, *given: Tensor, **more: Any) -> Confidence:
         """Of x [R, width] and a head [words, width], without its bias."""
-        from dyncc.kernels.generator.launch import blocks, launch, side_by_side
-
         x, head = (side_by_side(t) for t in given)
         parts = blocks(head.shape[0], self.split)
-        kept = {name: x.new_empty((parts, x.shape[0]), dtype=torch.float32) for name in ("best", "second", "mass", "tilt")}
-        kept["word"] = x.new_empty((parts, x.shape[0]), dtype=torch.int64)
+        types = {name: torch.int64 if name == "word" else torch.float32 for name in KEPT}
+        kept = {name: x.new_empty((parts, x.shape[0]), dtype=dtype) for name, dtype in types.items()}
         launch(self, (blocks(x.shape[0], 16), parts), {"x": x, "head": head, **kept}, {"rows": x.shape[0], "words": head.shape[0]}, {}, {})
         return joined(**kept)
 
@@ -133,9 +133,6 @@ class ExitConfidence(KernelSpec):
         chances, words = torch.softmax(logits, 1), torch.log_softmax(logits, 1)
         best = torch.nn.functional.pad(chances, (0, 1)).topk(2).values
         return Confidence(best[:, 0], best[:, 0] - best[:, 1], -(chances * words).sum(1), logits.argmax(1))
-
-
-KEPT = {"best": "most", "second": "next", "mass": "total", "tilt": "slope", "word": "chosen.to(tl.int64)"}
 
 
 def joined(best: Tensor, second: Tensor, mass: Tensor, tilt: Tensor, word: Tensor) -> Confidence:

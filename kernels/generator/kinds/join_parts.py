@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import DIVIDED, OUT, Operand, ids, nothing_summed, tile
+from dyncc.kernels.generator.launch import blocks, broadcast, ended, launch
 from dyncc.kernels.generator.spec import KernelSpec, check_width, power
 
 
@@ -66,8 +67,6 @@ class JoinParts(KernelSpec):
 
     def run(self, *given: Tensor, **more: Any) -> Tensor:
         """[B, S, R, width] of most and mass [B, S, parts, R] and sums [B, S, parts, R, width]; `out` may be given."""
-        from dyncc.kernels.generator.launch import blocks, broadcast, launch
-
         most, mass, sums = (x.contiguous() for x in given)
         batch, heads, parts, rows = most.shape
         shape = (batch, heads, rows, self.width)
@@ -79,8 +78,6 @@ class JoinParts(KernelSpec):
         return out
 
     def truth(self, *given: Tensor, **more: Any) -> Tensor:
-        from dyncc.kernels.generator.launch import ended
-
         most, mass, sums = given
         top = most.amax(2, keepdim=True)
         share = torch.exp(most - torch.where(top == float("-inf"), 0.0, top))

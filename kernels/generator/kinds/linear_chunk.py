@@ -9,16 +9,17 @@ from torch import Tensor
 
 from dyncc.kernels.generator.epilogues import EPILOGUES
 from dyncc.kernels.generator.frame import Operand, ending
+from dyncc.kernels.generator.kinds.head_base import HeadKernel
 from dyncc.kernels.generator.kinds.linear_chunk_lines import DECAYED
 from dyncc.kernels.generator.kinds.linear_step import check_state, recurrent_operands, recurrent_truth, run_recurrent, state_lines
-from dyncc.kernels.generator.spec import KernelSpec, check, power
+from dyncc.kernels.generator.spec import check, power
 
 TOKENS = 4096
 """What figures are told for: one sequence of so many tokens and 32 heads."""
 
 
 @dataclass(frozen=True)
-class LinearChunk(KernelSpec):
+class LinearChunk(HeadKernel):
     """`width` channels of keys, `wide` of values (0: as many); one decay a head, one a channel of the keys, or none.
 
     `started`: there is a state in front of the first token. `rows` are the tokens of a chunk, `columns` the channels of
@@ -29,8 +30,6 @@ class LinearChunk(KernelSpec):
     title: ClassVar[str] = "Linear attention in chunks"
     tiles: ClassVar[tuple[str, ...]] = ("rows", "columns")
 
-    width: int
-    wide: int = 0
     decay: str = "channel"
     started: bool = False
     rows: int = 0
@@ -41,10 +40,6 @@ class LinearChunk(KernelSpec):
         super().__post_init__()
         apart = 0 < self.columns < power(self.value_width) and self._whole
         check(not apart, "columns", self.columns, f"{', '.join(self.epilogues)} read whole rows; give 0")
-
-    @property
-    def value_width(self) -> int:
-        return self.wide or self.width
 
     @property
     def _whole(self) -> bool:
@@ -75,12 +70,6 @@ class LinearChunk(KernelSpec):
     def operands(self) -> tuple[Operand, ...]:
         return recurrent_operands(self.decay, False, self.started)
 
-    def numbers(self) -> tuple[str, ...]:
-        return ("scale",)
-
-    def sized(self) -> str:
-        return f"w{self.width}" + (f"x{self.wide}" if self.wide else "")
-
     def told(self) -> list[str]:
         return [f"decay_{self.decay}", *(["started"] if self.started else [])]
 
@@ -93,7 +82,6 @@ class LinearChunk(KernelSpec):
         return 2 * 32 * TOKENS * (pairs + state), 32 * moved
 
     def body(self, ending: list[str]) -> list[str]:
-        precision = ', input_precision="ieee"' if self.exact else ""
         rows = [*"qkv", *(["decay"] if self.decay != "none" else [])]
         inner = [
             "at = start + step",
@@ -103,10 +91,10 @@ class LinearChunk(KernelSpec):
             "q_tile = tl.load(q_at + place[:, None] * q_row + channel[None, :], mask=inside, other=0.0)",
             "k_tile = tl.load(k_at + place[:, None] * k_row + channel[None, :], mask=inside, other=0.0)",
             "v_tile = tl.load(v_at + place[:, None] * v_row + lane[None, :], mask=kept, other=0.0)",
-            *DECAYED[self.decay](self, precision),
-            f"result = tl.dot(weights.to(v_tile.dtype), v_tile{precision})",
-            f"result = tl.dot(q_tile, held.to(q_tile.dtype), result{precision}) * scale",
-            f"held = tl.dot(tl.trans(k_tile), v_tile, held * across{precision})",
+            *DECAYED[self.decay](self),
+            f"result = tl.dot(weights.to(v_tile.dtype), v_tile{self.precision})",
+            f"result = tl.dot(q_tile, held.to(q_tile.dtype), result{self.precision}) * scale",
+            f"held = tl.dot(tl.trans(k_tile), v_tile, held * across{self.precision})",
             *ending,
         ]
         return [

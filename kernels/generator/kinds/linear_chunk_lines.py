@@ -16,16 +16,16 @@ PIECE = 32
 """Channels of which weights are summed at once."""
 
 
-def _no_decay(spec: LinearChunk, precision: str) -> list[str]:
-    return [f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){precision}))", "across = 1.0"]
+def _no_decay(spec: LinearChunk) -> list[str]:
+    return [f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){spec.precision}))", "across = 1.0"]
 
 
-def _of_heads(spec: LinearChunk, precision: str) -> list[str]:
+def _of_heads(spec: LinearChunk) -> list[str]:
     """Sums from behind row j up to row i, for each pair: none is a difference."""
     return [
         "fell = tl.load(decay_at + place * decay_row, mask=at < rows, other=0.0)",
         "apart = tl.cumsum(tl.where(after, fell[:, None], 0.0), axis=0)",
-        f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){precision}) * tl.exp(apart))",
+        f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){spec.precision}) * tl.exp(apart))",
         "since, left = tl.cumsum(fell, axis=0), tl.sum(tl.where(after, fell[:, None], 0.0), axis=0)",
         "q_tile = (q_tile * tl.exp(since)[:, None]).to(v_tile.dtype)",
         "k_tile = (k_tile * tl.exp(left)[:, None]).to(v_tile.dtype)",
@@ -33,7 +33,7 @@ def _of_heads(spec: LinearChunk, precision: str) -> list[str]:
     ]
 
 
-def _of_channels(spec: LinearChunk, precision: str) -> list[str]:
+def _of_channels(spec: LinearChunk) -> list[str]:
     """Sums from the start of a row's block up to it, and from behind it to the block's end, for blocks of 1, 2, 4, ... rows.
 
     Weights are summed a few channels at a time, which keeps few numbers alive.
@@ -52,7 +52,7 @@ def _of_channels(spec: LinearChunk, precision: str) -> list[str]:
             *_sums(half, spec.chunk, some),
             "late, early = (q_part * tl.exp(since)).to(v_tile.dtype), (k_part * tl.exp(left)).to(v_tile.dtype)",
             f"one, two = step[None, :] // {half}, step[:, None] // {half}",
-            f"weights += tl.where((two % 2 == 1) & (one == two - 1), tl.dot(late, tl.trans(early){precision}), 0.0)",
+            f"weights += tl.where((two % 2 == 1) & (one == two - 1), tl.dot(late, tl.trans(early){spec.precision}), 0.0)",
         ]
         half *= 2
     return [

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import OUT, TILE, Operand
-from dyncc.kernels.generator.spec import KernelSpec, check, power
+from dyncc.kernels.generator.kinds.head_base import HeadKernel
+from dyncc.kernels.generator.launch import broadcast, ended, launch, side_by_side
+from dyncc.kernels.generator.spec import check
 
 DECAYS = ("none", "head", "channel")
 RULES = ("add", "delta")
@@ -22,7 +24,7 @@ WIDEST_STATE = 256
 
 
 @dataclass(frozen=True)
-class LinearStep(KernelSpec):
+class LinearStep(HeadKernel):
     """`width` channels of keys, `wide` of values (0: as many); one decay a head, one a channel of the keys, or none.
 
     `started`: there is a state in front of the first token.
@@ -31,8 +33,6 @@ class LinearStep(KernelSpec):
     entry: ClassVar[str] = "linear_step"
     title: ClassVar[str] = "Linear attention token by token"
 
-    width: int
-    wide: int = 0
     decay: str = "channel"
     rule: str = "add"
     started: bool = True
@@ -43,26 +43,12 @@ class LinearStep(KernelSpec):
         super().__post_init__()
 
     @property
-    def value_width(self) -> int:
-        return self.wide or self.width
-
-    @property
-    def lanes(self) -> tuple[int, int]:
-        return power(self.width), power(self.value_width)
-
-    @property
     def team(self) -> int:
         """A warp for 2048 numbers of the state."""
         return self.warps or max(1, min(16, self.lanes[0] * self.lanes[1] // 2048))
 
     def operands(self) -> tuple[Operand, ...]:
         return recurrent_operands(self.decay, self.rule == "delta", self.started)
-
-    def numbers(self) -> tuple[str, ...]:
-        return ("scale",)
-
-    def sized(self) -> str:
-        return f"w{self.width}" + (f"x{self.wide}" if self.wide else "")
 
     def told(self) -> list[str]:
         return [f"decay_{self.decay}", *(["delta"] if self.rule == "delta" else []), *(["started"] if self.started else [])]
@@ -148,8 +134,6 @@ def state_lines(width: int, lanes: tuple[int, int], started: bool) -> list[str]:
 
 
 def run_recurrent(spec: Any, grid: tuple[int, ...], given: tuple[Tensor, ...], more: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    from dyncc.kernels.generator.launch import broadcast, launch, side_by_side
-
     told = dict(more)
     q, k, v = (side_by_side(x) for x in given)
     batch, heads, rows, width = q.shape
@@ -168,8 +152,6 @@ def run_recurrent(spec: Any, grid: tuple[int, ...], given: tuple[Tensor, ...], m
 
 def recurrent_truth(spec: Any, given: tuple[Tensor, ...], more: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, in float32."""
-    from dyncc.kernels.generator.launch import ended
-
     told = dict(more)
     q, k, v = (x.float() for x in given)
     decay, beta, state, scale, _ = (told.pop(name, default) for name, default in DEFAULTS.items())

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dyncc.kernels.generator.frame import OUT, TILE, Operand, ids, tile
-from dyncc.kernels.generator.kinds.rows import check_row, row_team, rows_at_once
-from dyncc.kernels.generator.spec import KernelSpec, power
+from dyncc.kernels.generator.frame import DIVIDED, OUT, TILE, Operand
+from dyncc.kernels.generator.kinds.row_base import RowKernel
+from dyncc.kernels.generator.launch import ended, side_by_side
+from dyncc.kernels.generator.spec import power
 
 
 @dataclass(frozen=True)
-class MergeRows(KernelSpec):
+class MergeRows(RowKernel):
     """out[b, h, t] = sum of size[b, n] x[b, h, n] / sum of size[b, n] over the rows n whose target is t, of `width` channels.
 
     A result that no row goes to is zeros. Rows are read in their order: same bits each time.
@@ -23,25 +24,9 @@ class MergeRows(KernelSpec):
     entry: ClassVar[str] = "merge_rows"
     title: ClassVar[str] = "Rows merged"
 
-    width: int
-
-    def __post_init__(self) -> None:
-        check_row(self.width)
-        super().__post_init__()
-
-    @property
-    def team(self) -> int:
-        return self.warps or row_team(self.width)
-
     def operands(self) -> tuple[Operand, ...]:
         told = (Operand("size", ("batch",), "float"), Operand("order", ("batch",), "index"), Operand("start", ("batch",), "index"))
         return (Operand("x", TILE), *told, OUT)
-
-    def constants(self) -> dict[str, int]:
-        return {"HEADS": 1}
-
-    def sized(self) -> str:
-        return f"w{self.width}"
 
     def work(self) -> tuple[int, int]:
         """4096 rows into 2048."""
@@ -58,8 +43,7 @@ class MergeRows(KernelSpec):
             "total += share",
         ]
         return [
-            *ids(rows_at_once(self.width), self.width),
-            *tile(power(self.width)),
+            *self.rows_of_a_program(),
             "start_at = start + batch * start_batch + at",
             "first = tl.load(start_at, mask=at < rows, other=0)",
             "count = tl.load(start_at + 1, mask=at < rows, other=0) - first",
@@ -68,30 +52,20 @@ class MergeRows(KernelSpec):
             f"acc = tl.zeros([ROWS, {power(self.width)}], dtype=tl.float32)",
             "for i in range(0, tl.max(count, axis=0)):",
             *(f"    {line}" for line in inner),
-            "result = acc / tl.where(total == 0.0, 1.0, total)[:, None]",
+            DIVIDED,
             *ending,
         ]
 
     def run(self, *given: Tensor, **more: Any) -> Tensor:
         """[B, H, rows, width] of x [B, H, N, width], size [B, N] and target [B, N] below `rows`."""
-        from dyncc.kernels.generator.launch import blocks, broadcast, launch, side_by_side
-
         x, size, target = (side_by_side(t) for t in given)
         rows: int = more.pop("rows")
-        batch, heads, _, width = x.shape
-        shape = (batch, heads, rows, width)
-        out = more.pop("out", None)
-        out = x.new_empty(shape) if out is None else out
         ordered, order = target.sort(dim=1, stable=True)
-        edges = torch.arange(rows + 1, device=x.device).expand(batch, -1).contiguous()
-        tensors = {"x": x, "size": size.float(), "order": order, "start": torch.searchsorted(ordered, edges), "out": out}
-        grid = (blocks(rows, rows_at_once(width)), batch * heads)
-        launch(self, grid, tensors, {"rows": rows}, {"HEADS": heads}, broadcast(self, more, shape))
-        return out
+        edges = torch.arange(rows + 1, device=x.device).expand(x.shape[0], -1).contiguous()
+        tensors = {"x": x, "size": size.float(), "order": order, "start": torch.searchsorted(ordered, edges)}
+        return self.over_rows(tensors, rows, **more)
 
     def truth(self, *given: Tensor, **more: Any) -> Tensor:
-        from dyncc.kernels.generator.launch import ended
-
         x, size, target = given
         rows: int = more.pop("rows")
         place = target[:, None, :, None].expand_as(x)

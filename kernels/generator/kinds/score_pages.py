@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import TILE, Operand, ids, read, tile
+from dyncc.kernels.generator.launch import blocks, launch, side_by_side
 from dyncc.kernels.generator.spec import KernelSpec, check_width, power
 
 
@@ -61,8 +62,6 @@ class ScorePages(KernelSpec):
 
     def run(self, *given: Tensor, **more: Any) -> Tensor:
         """Bounds [B, H, pages] of q [B, H, 1, D] with low and high [B, G, pages, D], in float32."""
-        from dyncc.kernels.generator.launch import blocks, launch, side_by_side
-
         q, low, high = (side_by_side(x) for x in given)
         batch, heads, groups, pages = q.shape[0], q.shape[1], low.shape[1], low.shape[2]
         out = q.new_empty((batch, heads, pages), dtype=torch.float32)

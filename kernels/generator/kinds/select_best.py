@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import Operand
+from dyncc.kernels.generator.launch import launch, side_by_side
 from dyncc.kernels.generator.spec import KernelSpec
 
 
@@ -111,8 +112,6 @@ class SelectBest(KernelSpec):
 
     def run(self, *given: Tensor, **more: Any) -> Tensor:
         """Indices [B, C, min(budget, N)] of score [B, C, N]; `budget` places; `visible` [B, N] bool where the spec is masked."""
-        from dyncc.kernels.generator.launch import launch, side_by_side
-
         score = side_by_side(given[0])
         batch, choices, keys = score.shape
         budget = min(more["budget"], keys)
