@@ -46,8 +46,8 @@ def run_isolated(function: Callable[..., Any], values: Sequence[Any], mutates: b
 def relative_error(a: Any, b: Any) -> float:
     """max|a-b| / max|a|; infinite where one is finite and the other is not, 0 for equal non-tensors.
 
-    >>> relative_error(torch.tensor([2.0]), torch.tensor([1.0]))
-    0.5
+    >>> relative_error(torch.tensor([2.0]), torch.tensor([1.0])), relative_error(torch.ones(1), torch.ones(1))
+    (0.5, 0.0)
     """
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.numel() == 0:
         return 0.0 if isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor) else float("inf")
@@ -71,7 +71,7 @@ def relative_error(a: Any, b: Any) -> float:
 def _largest(x: torch.Tensor) -> float:
     """max|x|; NaN where one is in it."""
     low, high = (end.item() for end in torch.aminmax(x))
-    return float(max(-low, high, key=lambda end: math.inf if math.isnan(end) else end))
+    return float(max(abs(low), abs(high), key=lambda end: math.inf if math.isnan(end) else end))
 
 
 def out_of_tolerance(what: str, error: float, dtype: torch.dtype | None) -> str:

@@ -7,7 +7,7 @@ tuple. Every node carries its fake value in `meta["val"]`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -287,6 +287,11 @@ def same_size(a: Any, b: Any) -> bool:
     ea = a.node.expr if isinstance(a, torch.SymInt) else a
     eb = b.node.expr if isinstance(b, torch.SymInt) else b
     return bool(ea == eb)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are provably equal; adds no guard."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
 def hint(size: Any) -> int:

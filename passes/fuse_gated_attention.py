@@ -21,7 +21,21 @@ import torch
 from torch import Tensor, fx
 
 from dyncc.analysis.facts import Facts
-from dyncc.ir import argument, descendants, emit, is_attention, is_mutating, is_tensor, op_name, operands, refresh, same_size, shape, val
+from dyncc.ir import (
+    argument,
+    descendants,
+    emit,
+    is_attention,
+    is_mutating,
+    is_tensor,
+    op_name,
+    operands,
+    refresh,
+    same_size,
+    same_sizes,
+    shape,
+    val,
+)
 from dyncc.kernels.fused_attention import ATTEND
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
@@ -121,7 +135,7 @@ def _fuse(attention: fx.Node, product: fx.Node, result: fx.Node) -> None:
         raise Refusal("it has a gate already")
     if val(product).dtype != val(attention).dtype or val(gate).dtype != val(attention).dtype:
         raise Refusal(f"the gate is {val(gate).dtype}, the attention {val(attention).dtype}")
-    if not all(same_size(a, b) for a, b in zip(shape(product), shape(result), strict=True)) or len(shape(product)) != len(shape(result)):
+    if not same_sizes(shape(product), shape(result)):
         raise Refusal("its gate is larger than the attention's result")
     if gate in descendants(attention):
         raise Refusal("the gate is computed from the attention that it gates")
@@ -174,9 +188,9 @@ def _state(attention: fx.Node, result: fx.Node) -> tuple[str, fx.Node]:
             return state, heads
         source, node = node, next(iter(node.users))
         name, rank = op_name(node), len(shape(node))
-        if name in KEEPS or (name in MERGES and _same(shape(node), shape(source))):
+        if name in KEEPS or (name in MERGES and same_sizes(shape(node), shape(source))):
             continue
-        if name in MERGES and source is heads and rank == 4 and _same(shape(node)[::3], shape(source)[::3]):
+        if name in MERGES and source is heads and rank == 4 and same_sizes(shape(node)[::3], shape(source)[::3]):
             heads = node
         elif state == "heads" and rank == 4 and _swaps(node):
             state = "tokens"
@@ -184,10 +198,6 @@ def _state(attention: fx.Node, result: fx.Node) -> tuple[str, fx.Node]:
             state = "merged"
         else:
             raise Refusal(f"{name} ({list(shape(node))}) stands between it and the gate")
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _swaps(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from dyncc.ir import argument, is_tensor, op_name, operands, same_size, shape, val
+from dyncc.ir import argument, is_tensor, op_name, operands, same_size, same_sizes, shape, val
 
 PRODUCTS = {"matmul", "bmm"}
 PASSING = {"clone", "contiguous", "alias", "detach", "expand", "_unsafe_view", "view", "reshape"}
@@ -43,18 +43,14 @@ def pairs(out: fx.Node) -> bool:
 
 def _towards(node: fx.Node) -> fx.Node | None:
     """The operand that holds the weights: the one as large as the node that comes from a product."""
-    alike = [n for n in operands(node) if is_tensor(n) and _same(shape(n), shape(node)) and val(n).is_floating_point()]
+    alike = [n for n in operands(node) if is_tensor(n) and same_sizes(shape(n), shape(node)) and val(n).is_floating_point()]
     return next((n for n in alike if _from_product(n)), None)
 
 
 def _from_product(node: fx.Node, depth: int = 0) -> bool:
     if node.op != "call_function" or depth > STEPS:
         return False
-    return op_name(node) in PRODUCTS or any(_from_product(n, depth + 1) for n in operands(node) if _same(shape(n), shape(node)))
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+    return op_name(node) in PRODUCTS or any(_from_product(n, depth + 1) for n in operands(node) if same_sizes(shape(n), shape(node)))
 
 
 @dataclass
@@ -98,7 +94,8 @@ def read_linear(out: fx.Node) -> Linear:
     _alone(found, node)
     found.q, found.kt = operands(node)
     q, kt = found.q, found.kt
-    if not (_same(shape(q)[:-1], shape(out)[:-1]) and _same(shape(v)[:-1], shape(q)[:-1]) and _same(shape(kt)[:-2], shape(q)[:-2])):
+    rows = shape(q)[:-1]
+    if not (same_sizes(rows, shape(out)[:-1]) and same_sizes(shape(v)[:-1], rows) and same_sizes(shape(kt)[:-2], rows[:-1])):
         raise NotLinear("queries, keys and values are not one batch of heads with one number of tokens")
     if len({val(n).dtype for n in (q, kt, v, out)}) > 1:
         raise NotLinear("queries, keys and values have different types")
@@ -133,7 +130,7 @@ def _read_channels(found: Linear) -> None:
         if sums is None or shrunk[1] is not sums or op_name(sums) != "cumsum":
             continue
         along = argument(sums, "dim") % len(shape(sums)) == len(shape(sums)) - 2
-        if along and _same(shape(q), shape(found.q)) and _same(shape(shrunk[0]), shape(k)):  # type: ignore[arg-type]
+        if along and same_sizes(shape(q), shape(found.q)) and same_sizes(shape(shrunk[0]), shape(k)):  # type: ignore[arg-type]
             found.q, found.kt, found.log_decay, found.by_channel = q, shrunk[0], operands(sums)[0], True
             return
 
@@ -222,7 +219,7 @@ def _in_front(node: fx.Node, inner: fx.Node) -> bool:
     """Whether a node only adds dimensions in front of what it looks at, as broadcasting does."""
     if op_name(node) == "unsqueeze":
         return argument(node, "dim") in (0, -len(shape(node)))
-    return op_name(node) == "expand" or _same(shape(inner), shape(node))
+    return op_name(node) == "expand" or same_sizes(shape(inner), shape(node))
 
 
 def _exponent(found: Linear, node: fx.Node) -> None:
@@ -274,7 +271,7 @@ def _kept(node: fx.Node) -> fx.Node:
 def _hides(node: fx.Node, kept: fx.Node) -> bool:
     """Whether a masked_fill or where keeps `kept` where a token reads itself or an earlier one, and nowhere else."""
     mask = node.args[1] if op_name(node) == "masked_fill" else node.args[0]
-    if not isinstance(mask, fx.Node) or not _same(shape(mask)[-2:], shape(node)[-2:]):
+    if not isinstance(mask, fx.Node) or not same_sizes(shape(mask)[-2:], shape(node)[-2:]):
         return False
     return _kept(node) is kept and _causal(mask) is (op_name(node) == "where")
 
@@ -287,7 +284,7 @@ def _causal(node: fx.Node, depth: int = 0) -> bool | None:
     if name in ("tril", "triu") and _ones(inner[0]):
         sizes, diagonal = shape(node), argument(node, "diagonal", 0)
         return (name == "tril" if diagonal == (name == "triu") else None) if same_size(sizes[-1], sizes[-2]) else None
-    if name in LAID_OUT and inner and _same(shape(inner[0])[-2:], shape(node)[-2:]):
+    if name in LAID_OUT and inner and same_sizes(shape(inner[0])[-2:], shape(node)[-2:]):
         return _causal(inner[0], depth + 1)
     if name in ("bitwise_not", "logical_not") or (name == "eq" and node.args[1] == 0):
         told = _causal(inner[0], depth + 1)

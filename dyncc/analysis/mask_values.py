@@ -65,7 +65,6 @@ class Causal:
         outside = self.upto, self.later, self.behind if self.window else self.upto
         return (*outside, *(self.inside if self.prefix else outside))
 
-
     @property
     def of_keys_alone(self) -> bool:
         """Whether rows do not count: only a prefix tells values apart."""
@@ -77,7 +76,7 @@ Abstract = Const | Position | Distance | Causal | None
 
 
 def evaluate(node: Any, known: dict[fx.Node, Abstract]) -> Abstract:
-    """The abstract value of a node or number; None when it is not one of the three."""
+    """The abstract value of a node or number; None when it has none that is known."""
     if isinstance(node, (bool, int, float)):
         return Const(node)
     if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -85,7 +84,6 @@ def evaluate(node: Any, known: dict[fx.Node, Abstract]) -> Abstract:
     if isinstance(val(node), (int, torch.SymInt)):
         return Const(_expression(val(node)))
     if node not in known:
-        known[node] = None
         known[node] = None if _written_to(node) else _evaluate(node, known)
     return known[node]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dyncc.ir import argument, op_name, operands, same_size, shape, val
+from dyncc.ir import argument, op_name, operands, same_size, same_sizes, shape, val
 
 LAID_OUT = {"unsqueeze", "to", "_to_copy", "alias", "view", "reshape", "expand", "select", "slice", "transpose", "contiguous", "clone"}
 POSITIVE = {"exp", "sigmoid"}
@@ -91,7 +91,7 @@ def _read(piece: fx.Node) -> tuple[fx.Node, fx.Node, frozenset[fx.Node]] | None:
         if op_name(product) != "mul" or len(operands(product)) != 2 or [d % (rank + 1) for d in dims or []] != [rank - 1]:
             return None
         for state, q in (operands(product), operands(product)[::-1]):
-            if op_name(state) == "add" and _same(shape(state), shape(product)) and shape(q) and same_size(shape(q)[-1], 1):
+            if op_name(state) == "add" and same_sizes(shape(state), shape(product)) and shape(q) and same_size(shape(q)[-1], 1):
                 return state, q, frozenset({piece, product})
         return None
     if name in ("matmul", "bmm") and op_name(operands(piece)[1]) == "add" and same_size(shape(piece)[-2], 1):
@@ -123,7 +123,7 @@ def _step(state: fx.Node, q: fx.Node, nodes: frozenset[fx.Node], place: tuple[in
         raise NotUnrolled("the first state is computed in another way than those behind it")
     before, decay = (kept, None) if j < 0 else (kept.args[j], kept.args[1 - j])  # type: ignore[union-attr]
     inside = {state, added, *nodes} | ({kept} if j >= 0 else set())
-    if not isinstance(before, fx.Node) or not isinstance(added, fx.Node) or not _same(shape(before), shape(state)):
+    if not isinstance(before, fx.Node) or not isinstance(added, fx.Node) or not same_sizes(shape(before), shape(state)):
         raise NotUnrolled("its first state is no tensor as large as the others")
     k, v = _outer(added)
     return _delta(Step(state, before, q, k, v, decay, frozenset(inside)), kept)  # type: ignore[arg-type]
@@ -170,10 +170,6 @@ def _check_alone(joined: fx.Node, steps: Sequence[Step]) -> None:
     for node in inside - {joined, steps[-1].state}:
         if not all(u in inside for u in node.users):
             raise NotUnrolled("a state or output in the middle is read elsewhere")
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True)
@@ -227,7 +223,7 @@ def _peeled(node: fx.Node) -> list[fx.Node]:
     while chain[-1].op == "call_function" and op_name(chain[-1]) in ("unsqueeze", "exp", "sigmoid", "mul", "slice", "to", "_to_copy"):
         last = chain[-1]
         plain = len(operands(last)) == 1 and last.args[0] is operands(last)[0]
-        if not plain or (op_name(last) == "slice" and not _same(shape(last), shape(operands(last)[0]))):
+        if not plain or (op_name(last) == "slice" and not same_sizes(shape(last), shape(operands(last)[0]))):
             break
         chain.append(operands(last)[0])
     return chain

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dyncc.kernels.gated_delta_rule.truth import started
-
-CHUNK = 64
+from dyncc.kernels.gated_linear_attention.chunks import CHUNK, in_chunks
 
 
 def chunk(
@@ -28,7 +27,7 @@ def chunk(
     held = started(q, k, v, beta, log_decay, state)
     tokens, wide = q.shape[2], held.dtype
     decay = q.new_zeros(q.shape[:3], dtype=wide) if log_decay is None else log_decay.to(wide)
-    q, k, v_, beta, decay = (_chunks(x.to(wide), size) for x in (q, k, v, beta.unsqueeze(3), decay.unsqueeze(3)))
+    q, k, v_, beta, decay = (in_chunks(x.to(wide), size) for x in (q, k, v, beta.unsqueeze(3), decay.unsqueeze(3)))
     kept = between(decay.squeeze(4))
     since = decay.cumsum(3).exp()
     system = (beta * (k @ k.transpose(3, 4)) * kept).tril(-1)
@@ -61,8 +60,3 @@ def inverse(system: Tensor) -> Tensor:
     across = system[..., half:, :half]
     one, two = inverse(torch.stack([system[..., :half, :half], system[..., half:, half:]], -3)).unbind(-3)
     return torch.cat([F.pad(one, (0, half)), torch.cat([-(two @ across @ one), two], -1)], -2)
-
-
-def _chunks(x: Tensor, size: int) -> Tensor:
-    """[B, H, chunks, size, D]; rows behind the end are zeros: such keys and decays change no state."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))

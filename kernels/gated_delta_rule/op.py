@@ -10,9 +10,7 @@ from torch import Tensor
 
 from dyncc.kernels.gated_delta_rule.chunks import chunk
 from dyncc.kernels.gated_delta_rule.truth import step
-
-SHORT = 4
-"""Tokens up to which one after the other is faster than a chunk."""
+from dyncc.kernels.gated_linear_attention.op import SHORT, fake
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
 _library.define(
@@ -29,13 +27,7 @@ def forward(
 
 
 _library.impl("gated_delta_rule", forward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("dyncc::gated_delta_rule")
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(v.shape), v.new_empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=wide)
-
+torch.library.register_fake("dyncc::gated_delta_rule", fake)
 
 GATED_DELTA_RULE = torch.ops.dyncc.gated_delta_rule.default
 TRUTHS: dict[Any, Callable[..., Any]] = {GATED_DELTA_RULE: chunk}

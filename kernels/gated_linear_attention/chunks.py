@@ -45,7 +45,7 @@ def _chunk(
         raise ValueError(f"a chunk is a power of two, got size={size}")
     held, decay = started(q, k, v, log_decay, state)
     tokens = q.shape[2]
-    q, k, values, decay = (_chunks(x, size) for x in ((q * scale).to(held.dtype), k.to(held.dtype), v.to(held.dtype), decay))
+    q, k, values, decay = (in_chunks(x, size) for x in ((q * scale).to(held.dtype), k.to(held.dtype), v.to(held.dtype), decay))
     weights, since, left = blocks(q, k, decay.exp())
     added = (k * left).transpose(3, 4) @ values
     before, last = states(since[:, :, :, -1].unsqueeze(4), added, held)
@@ -53,7 +53,7 @@ def _chunk(
     return out.flatten(2, 3)[:, :, :tokens].to(v.dtype), last
 
 
-def _chunks(x: Tensor, size: int) -> Tensor:
+def in_chunks(x: Tensor, size: int) -> Tensor:
     """[B, H, chunks, size, D]; rows behind the end are zeros: such keys and decays change no state."""
     return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
 
