@@ -24,6 +24,7 @@ from record import progress, write
 from torch import Tensor
 from torch.nn import functional as F
 
+import dyncc
 from dyncc.bench_result import environment
 from dyncc.evidence import relative_error
 from dyncc.timing import paired
@@ -173,9 +174,10 @@ def measured(form: str, tokens: int, dtype: str, pairs: int) -> dict[str, Any]:
     error = relative_error(calls["inductor"](), calls["dyncc"]())
     ratio, took = timings.ratio("inductor", "dyncc"), {way: 1000 * timings.median(way) for way in WAYS}
     memory = peaks(form, tokens, dtype)
+    applied = [r.name for r in dyncc.reports()[-1].rewrites if r.applied]
     print(f"{form:13} {ratio} ms {took['inductor']:.0f} -> {took['dyncc']:.0f}, peak MB {memory['inductor']:.0f} -> {memory['dyncc']:.0f}, "
-          f"error {error:.1e}", flush=True)  # fmt: skip
-    return {"times_inductor": ratio.to_dict(), "ms": took, "peak_mb": memory, "error": error, "pairs": pairs}
+          f"error {error:.1e}, applied: {', '.join(applied) or 'nothing'}", flush=True)  # fmt: skip
+    return {"times_inductor": ratio.to_dict(), "ms": took, "peak_mb": memory, "error": error, "applied": applied, "pairs": pairs}
 
 
 def main(argv: list[str] | None = None) -> None:
