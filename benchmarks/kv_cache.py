@@ -3,7 +3,8 @@
     python benchmarks/kv_cache.py --cached 8000 --pairs 20 --write
 
 Every call reads one more token, so all caches grow alike; nothing is rewound. Outputs are compared with eager's at the end. With `--peer`
-the transformers exporter's graph runs beside them in ONNX Runtime; it reads the same past and the same token with every call.
+the transformers exporter's graph runs beside them in ONNX Runtime, and with `--ours` dyncc's, past and present in one buffer; both read the
+same past and the same token with every call. Bounds are the bytes that a step must read over the bandwidth of a plain sum, timed in turn too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnx_decode import growing, peer_export, session
+from key_traffic import share_read
+from onnx_decode import example, growing, peer_export, session, shared
 from record import progress, write
 from torch import Tensor
 from transformers import StaticCache
@@ -27,7 +29,8 @@ from dyncc.quality import compare
 from dyncc.timing import paired
 
 BASELINE, PEER = "eager, growing cache", "onnxruntime, transformers exporter"
-EXACT = "dyncc, KVCache"
+EXACT, BUFFER = "dyncc, KVCache", "dyncc, onnxruntime, one buffer"
+WEIGHTS, KEYS = "plain sum of the weights", "plain sum of keys and values"
 POLICIES = [
     "snapkv{budget=1024}", "tokenselect{budget=1024 sinks=16 recents=64}", "quest{budget=1024}",
 ]  # fmt: skip
@@ -89,6 +92,19 @@ def exported(model: Any, tokenizer: Any, folder: Path, past: Sequence[Tensor]) -
     return growing(session(folder / "decode.onnx"), [t.numpy() for t in past])
 
 
+def in_one_buffer(model: Any, folder: Path, past: Sequence[Tensor]) -> Callable[[], Any]:
+    """dyncc's exported step, made where `folder` has none, with past and present bound to the same buffers."""
+    if not (folder / "decode.onnx").is_file():
+        example().export(model, folder)
+    return shared(session(folder / "decode.onnx"), [t.numpy() for t in past], past[0].shape[2] + 64)
+
+
+def plain_sums(model: Any, past: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+    """What reading each weight and each cached number once takes; numbers are added as fp32 whatever they are."""
+    read = {WEIGHTS: [p.detach() for p in model.parameters()], KEYS: [t.contiguous() for t in past]}
+    return {name: lambda parts=parts: [t.view(torch.float32).sum() for t in parts] for name, parts in read.items()}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Time all variants in turns, print ratios to eager's growing cache, and write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--peer", type=Path, help="folder of the transformers exporter's graphs (fp32), made when it does not exist")
+    parser.add_argument("--ours", type=Path, help="folder of dyncc's graphs (fp32, batch 1), made when it does not exist")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kv_cache.json")
     options = parser.parse_args(argv)
     torch._dynamo.config.recompile_limit = 64  # all variants compile one forward
@@ -109,11 +126,16 @@ def main(argv: list[str] | None = None) -> None:
     token = tokens[options.cached : options.cached + 1][None].repeat(options.batch, 1)
     known = len(dyncc.reports())
     steps = variants(model, past, token, options.pairs + 64, options.passes)
-    peers = {PEER: exported(model, tokenizer, options.peer, past)} if options.peer else {}
-    timings = paired(steps | peers, pairs=options.pairs, warmup=3, progress=progress)
+    others = plain_sums(model, past)
+    if options.peer:
+        others[PEER] = exported(model, tokenizer, options.peer, past)
+    if options.ours:
+        others[BUFFER] = in_one_buffer(model, options.ours, past)
+    timings = paired(steps | others, pairs=options.pairs, warmup=3, progress=progress)
     reports = dyncc.reports()[known:]
     dense = steps[BASELINE].logits
-    fastest = min((n for n in timings.seconds if not n.startswith("dyncc")), key=timings.median)
+    fastest = min((n for n in timings.seconds if not n.startswith(("dyncc", "plain sum"))), key=timings.median)
+    weights, keys = (1000 * timings.median(name) for name in (WEIGHTS, KEYS))
     rows: dict[str, Any] = {}
     for name in timings.seconds:
         row: dict[str, Any] = {"ms": 1000 * timings.median(name), "first_call_seconds": timings.first[name]}
@@ -127,6 +149,9 @@ def main(argv: list[str] | None = None) -> None:
             row |= compare(dense, steps[name].logits, model.config.vocab_size)
             words += f", error {row['max_rel_error']:.1e}"
         if name.startswith("dyncc"):
+            passes = name.removeprefix("dyncc, ") if name.removeprefix("dyncc, ") in options.passes else ""
+            row["bound_ms"] = weights + keys * share_read(passes, past[0].shape[2], model.config.num_hidden_layers)
+            words += f", bound {row['bound_ms']:.1f} ms"
             row["ratio_to_fastest_peer"] = {"peer": fastest, **timings.ratio(fastest, name).to_dict()}
             words += f", {timings.ratio(fastest, name)} times {fastest}"
         rows[name] = row

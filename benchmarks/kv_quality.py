@@ -44,6 +44,7 @@ EVICT = ["streamingllm{budget=%d every=0}", "snapkv{budget=%d}", "a2sf{budget=%d
 AHEAD = ["dapq{budget=%d}"]
 PRUNE = ["promptdistill{layers=14 keep=%d}"]
 SELECT = [
+    "select-kv{budget=256 score=logits share=head sinks=4 recents=32 dense=2}",
     "select-kv{budget=256 score=logits share=head sinks=0 recents=0}",
     "tokenselect{budget=256 sinks=16 recents=64}",
     "quest{budget=512}",

@@ -26,7 +26,8 @@ from dyncc.models import load_smollm2
 from dyncc.timing import Timings, paired
 
 
-def _example() -> Any:
+def example() -> Any:
+    """The module of examples/onnx_generate.py."""
     path = Path(__file__).resolve().parents[1] / "examples" / "onnx_generate.py"
     spec = importlib.util.spec_from_file_location("onnx_generate", path)
     assert spec is not None and spec.loader is not None
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         ours, peer = options.ours or Path(scratch) / "ours", options.peer or Path(scratch) / "peer"
         if not (ours / "decode.onnx").is_file():
-            for written in _example().export(model, ours):
+            for written in example().export(model, ours):
                 print(written.path.name, written.fused)
         if not (ours / "evicted.onnx").is_file():
             export_evicted(model, ours / "evicted.onnx")
