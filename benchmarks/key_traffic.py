@@ -8,7 +8,7 @@ from dyncc.pipeline import build
 
 
 def share_read(passes: str, keys: int, layers: int) -> float:
-    """The bytes of keys and values that a step reads, over those of `keys` in all layers. Scores that are not known here count as nothing."""
+    """The bytes of keys and values that a step reads, over those of `keys` in all layers; scores not known here count as nothing."""
     held, read = 1.0, 1.0
     for made in build(passes) if passes else ():
         if isinstance(made, EvictKV):

@@ -178,8 +178,8 @@ QUEST = Recipe(
     options={"budget": "1024", "score": "bound", "share": "head", "page": "16", "sinks": "4", "recents": "1", "dense": "2"},
     citation="Tang et al., Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, ICML 2024",
     needs="training-free",
-    note="pages of 16 keys by what q.k cannot exceed in them; the first 2 layers read all; the page of the first 4 keys is always read, which "
-    "the authors leave to its bound; dyncc.KVCache keeps the bounds of pages",
+    note="pages of 16 keys by what q.k cannot exceed in them; the first 2 layers read all; the page of the first 4 keys is always read, "
+    "which the authors leave to its bound; dyncc.KVCache keeps the bounds of pages",
     confidence="high",
 )
 
