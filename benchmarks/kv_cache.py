@@ -3,8 +3,8 @@
     python benchmarks/kv_cache.py --cached 8000 --pairs 20 --write
 
 Every call reads one more token, so all caches grow alike; nothing is rewound. Outputs are compared with eager's at the end. With `--peer`
-the transformers exporter's graph runs beside them in ONNX Runtime, and with `--ours` dyncc's, past and present in one buffer; both read
-the same past and the same token with every call. Bounds are the bytes that a step must read over the bandwidth of a plain sum, timed in turn too.
+the transformers exporter's graph runs beside them in ONNX Runtime, and with `--ours` dyncc's, past and present in one buffer; both
+read the same past and token with every call. Bounds: the bytes a step must read, at the speed of a plain sum.
 """
 
 from __future__ import annotations
