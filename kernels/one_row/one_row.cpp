@@ -82,23 +82,35 @@ struct Keys {  // which keys a unit reads: all `keys` of them, or `count` that `
   const int64_t* index; int64_t count, page, keys;
   int fill(int64_t from, int64_t to, int64_t* at) const {
     int n = 0;
-    for (int64_t c = from; c < to; ++c) {
-      int64_t key = !index ? c : page == 1 ? index[c] : index[c / page] * page + c % page;
+    for (int64_t c = from; c < to && (!index || page == 1); ++c) {
+      const int64_t key = index ? index[c] : c;
       if (key < keys) at[n++] = key;
+    }
+    for (int64_t c = from; c < to && index && page > 1;) {  // what is left of a page at a time
+      const int64_t within = c % page, first = index[c / page] * page + within, run = std::min(page - within, to - c);
+      for (int64_t key = first; key < std::min(first + run, keys); ++key) at[n++] = key;
+      c += run;
     }
     return n;
   }
 };
 
+inline void spin(double seconds) { for (const double end = omp_get_wtime() + seconds; omp_get_wtime() < end;) { } }
+
+// What it costs to share work with a second thread that slept since the last call: seconds, the median of some. Both have something to do
+// here, since a thread that is woken may first have to wait for the processor of the one that woke it.
 double wake_seconds() {
-  double least = 1;
-  for (int i = 0; i < 16; ++i) {
+  constexpr double WORK = 5e-5;
+  double found[9];
+  for (double& seconds : found) {
+    spin(2 * WORK);
     const double start = omp_get_wtime();
 #pragma omp parallel num_threads(2)
-    { }
-    least = std::min(least, omp_get_wtime() - start);
+    spin(WORK);
+    seconds = omp_get_wtime() - start - WORK;
   }
-  return least;
+  std::nth_element(found, found + 4, found + 9);
+  return found[4];
 }
 
 // How many threads are worth waking to read so many bytes, at 10 GB/s each: where threads sleep between calls, waking is dear.
@@ -252,28 +264,84 @@ extern "C" void score_keys(const T* q, const T* k, float* out, const uint8_t* vi
   }
 }
 
+// One unit's bounds of pages [from, to), x [ROWS, room]: what is positive in q against `high`, what is negative against `low`.
+void bound_part(const float* q, const T* low, const T* high, int64_t step_low, int64_t step_high, int64_t from, int64_t to, float* x, int64_t room) {
+  float above[ROWS * WIDTH], below[ROWS * WIDTH], less[ROWS * LANES];
+  for (int i = 0; i < ROWS * WIDTH; ++i) { above[i] = std::max(q[i], 0.0f); below[i] = std::min(q[i], 0.0f); }
+  for (int64_t p = from; p < to; p += LANES) {
+    int64_t at[LANES];
+    float more[ROWS * LANES];
+    for (int i = 0; i < LANES; ++i) at[i] = std::min(p + i, to - 1);
+    dots(above, high, at, step_high, more, LANES);
+    dots(below, low, at, step_low, less, LANES);
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < std::min<int64_t>(LANES, to - p); ++i) {
+        const float found = more[r * LANES + i] + less[r * LANES + i];
+        x[r * room + p + i] = std::isfinite(found) ? found : bound(q + r * WIDTH, low + at[i] * step_low, high + at[i] * step_high);
+      }
+  }
+}
+
 // out [B, choices, pages]: the mean over each choice's heads of the largest q.k that a page's bounds allow; infinite bounds count as 0.
 // Rows of the batch that skip [B] names are 0.
 extern "C" void score_pages(const T* q, const T* low, const T* high, float* out, const Sizes* sizes, const Steps* of_low, const Steps* of_high,
                             int64_t choices, const uint8_t* skip) {
   const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, pages = sizes->keys;
-  const int64_t share = heads / choices, chunk = BLOCK, chunks = (pages + chunk - 1) / chunk;
-  const int64_t threads = worth(2 * batch * heads * pages * WIDTH * sizeof(T), sizes->threads);
+  const int64_t units = heads / ROWS, share = heads / choices, chunk = BLOCK, chunks = (pages + chunk - 1) / chunk;
+  const int64_t threads = worth(2 * batch * groups * pages * WIDTH * sizeof(T), sizes->threads);
+  std::vector<float> kept(share == 1 ? 0 : batch * heads * pages);
+  float* const each = share == 1 ? out : kept.data();
 #pragma omp parallel for collapse(2) num_threads(threads)
-  for (int64_t choice = 0; choice < batch * choices; ++choice)
+  for (int64_t unit = 0; unit < batch * units; ++unit)
     for (int64_t c = 0; c < chunks; ++c) {
-      float totals[BLOCK] = {};
-      const int64_t b = choice / choices, end = std::min(pages, (c + 1) * chunk);
-      if (!skip || !skip[b]) for (int64_t h = choice % choices * share; h < (choice % choices + 1) * share; ++h) {
-        float row[WIDTH];
-        to_float(q + (b * heads + h) * WIDTH, 1.0f, row, WIDTH);
-        const int64_t group = h / (heads / groups);
-        for (int64_t p = c * chunk; p < end; ++p)
-          totals[p - c * chunk] += bound(row, low + b * of_low->batch + group * of_low->head + p * of_low->row,
-                                         high + b * of_high->batch + group * of_high->head + p * of_high->row);
+      const int64_t b = unit / units, head = unit % units * ROWS, group = head / (heads / groups), end = std::min(pages, (c + 1) * chunk);
+      float rows[ROWS * WIDTH], *to = each + (b * heads + head) * pages;
+      for (int r = 0; r < ROWS; ++r) {
+        to_float(q + (b * heads + head + r) * WIDTH, 1.0f, rows + r * WIDTH, WIDTH);
+        if (skip && skip[b]) std::fill(to + r * pages + c * chunk, to + r * pages + end, 0.0f);
       }
-      for (int64_t p = c * chunk; p < end; ++p) out[choice * pages + p] = totals[p - c * chunk] / share;
+      if (!skip || !skip[b])
+        bound_part(rows, low + b * of_low->batch + group * of_low->head, high + b * of_high->batch + group * of_high->head, of_low->row,
+                   of_high->row, c * chunk, end, to, pages);
     }
+  if (share == 1) return;
+  for (int64_t row = 0; row < batch * heads; ++row)
+    for (int64_t p = 0; p < pages; ++p) out[row / share * pages + p] = (row % share ? out[row / share * pages + p] : 0.0f) + each[row * pages + p] / share;
+}
+
+// Scores as integers of the same order; the first `sinks` and the last `recents` of the visible keys above, hidden ones below all others.
+void ordered_scores(const float* score, const uint8_t* shown, int64_t keys, int64_t sinks, int64_t recents, int32_t* x) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const float s = score[j] != score[j] ? 0.0f : std::min(1e30f, std::max(-1e30f, score[j]));
+    int32_t bits;
+    std::memcpy(&bits, &s, sizeof bits);
+    x[j] = s == 0.0f ? 0 : bits ^ ((bits >> 31) & 0x7fffffff);
+  }
+  if (!shown) {
+    std::fill(x, x + std::min(sinks, keys), INT32_MAX);
+    std::fill(x + std::max<int64_t>(0, keys - recents), x + keys, INT32_MAX);
+    return;
+  }
+  int64_t seen = 0, rank = 0;
+  for (int64_t j = 0; j < keys; ++j) seen += shown[j] != 0;
+  for (int64_t j = 0; j < keys; ++j) {
+    rank += shown[j] != 0;
+    if (!shown[j]) x[j] = INT32_MIN;
+    else if (rank <= sinks || rank > seen - recents) x[j] = INT32_MAX;
+  }
+}
+
+// The largest x that `count` of the keys reach: halving, since counting runs on whole vectors where sorting runs key by key.
+int32_t least_of_best(const int32_t* x, int64_t keys, int64_t count) {
+  int64_t low = INT32_MIN, high = int64_t(INT32_MAX) + 1;  // `count` keys reach low, fewer reach high
+  while (high - low > 1) {
+    const int32_t middle = int32_t((low + high) >> 1);
+    int32_t reach = 0;
+    for (int64_t j = 0; j < keys; ++j) reach += x[j] >= middle;
+    (reach >= count ? low : high) = middle;
+    if (reach == count) break;
+  }
+  return int32_t(low);
 }
 
 // out [B, choices, count]: the best `count` of `keys` scores, sorted by index, ties to the lower one; sinks and recents of the visible keys first.
@@ -282,21 +350,11 @@ extern "C" void select_best(const float* score, const uint8_t* visible, int64_t*
   const int64_t rows = batch * choices, awake = rows > 1 ? worth(16 * rows * keys * sizeof(float), threads) : 1;
 #pragma omp parallel for num_threads(awake)
   for (int64_t row = 0; row < rows; ++row) {
-    const uint8_t* shown = visible ? visible + row / choices * mask_step : nullptr;
-    std::vector<float> x(keys), sorted;
-    int64_t seen = shown ? 0 : keys, rank = 0;
-    if (shown) for (int64_t j = 0; j < keys; ++j) seen += shown[j] != 0;
-    for (int64_t j = 0; j < keys; ++j) {
-      const float s = score[row * keys + j];
-      const bool shows = !shown || shown[j];
-      rank += shows;
-      x[j] = !shows ? -INFINITY : rank <= sinks || rank > seen - recents ? INFINITY : s != s ? 0.0f : std::min(1e30f, std::max(-1e30f, s));
-    }
-    sorted = x;
-    std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<float>());
-    const float least = sorted[count - 1];
+    std::vector<int32_t> x(keys);
+    ordered_scores(score + row * keys, visible ? visible + row / choices * mask_step : nullptr, keys, sinks, recents, x.data());
+    const int32_t least = least_of_best(x.data(), keys, count);
     int64_t ties = count, *to = out + row * count;
-    for (float s : x) ties -= s > least;
+    for (int32_t s : x) ties -= s > least;
     for (int64_t j = 0; j < keys; ++j)
       if (x[j] > least || (x[j] == least && ties-- > 0)) *to++ = j;
   }
