@@ -23,11 +23,12 @@ import dyncc
 from dyncc.bench_result import environment
 from dyncc.decoding import Prefill, grow_from
 from dyncc.models import english_tokens, load_smollm2
+from dyncc.passes import EXACT as DEFAULT
 from dyncc.quality import compare
 from dyncc.timing import paired
 
 BASELINE, PEER = "eager, growing cache", "onnxruntime, transformers exporter"
-EXACT = "dyncc, KVCache"
+EXACT, APPENDED = "dyncc, KVCache", "dyncc, growing cache, append-in-place"
 POLICIES = [
     "snapkv{budget=1024}", "tokenselect{budget=1024 sinks=16 recents=64}", "quest{budget=1024}",
 ]  # fmt: skip
@@ -69,11 +70,14 @@ def variants(model: Any, past: Sequence[Tensor], token: Tensor, room: int, polic
     """The peers and ours, each with a cache of its own."""
     preallocated = StaticCache(config=model.config, max_cache_len=past[0].shape[2] + room)
 
-    def compiled(backend: str) -> Any:
-        return torch.compile(model, backend=backend)
+    def compiled(backend: str, **options: str) -> Any:
+        return torch.compile(model, backend=backend, options=options or None)
 
+    appending = compiled("dyncc", passes=" ".join((*DEFAULT, "append-in-place")))
     return {
         BASELINE: Step(model, grow_from(past), token),
+        "inductor, growing cache": Step(compiled("inductor"), grow_from(past), token),
+        APPENDED: Step(appending, grow_from(past), token),
         "inductor, preallocated cache": Step(compiled("inductor"), filled(preallocated, past), token),
         "eager, KVCache": Step(model, filled(dyncc.KVCache(), past), token),
         "inductor, KVCache": Step(compiled("inductor"), filled(dyncc.KVCache(), past), token),
@@ -97,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--only", nargs="+", help="names of variants to time beside the baseline; all without it")
     parser.add_argument("--peer", type=Path, help="folder of the transformers exporter's graphs (fp32), made when it does not exist")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kv_cache.json")
     options = parser.parse_args(argv)
@@ -109,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     token = tokens[options.cached : options.cached + 1][None].repeat(options.batch, 1)
     known = len(dyncc.reports())
     steps = variants(model, past, token, options.pairs + 64, options.passes)
+    steps = {name: step for name, step in steps.items() if not options.only or name in (BASELINE, *options.only)}
     peers = {PEER: exported(model, tokenizer, options.peer, past)} if options.peer else {}
     timings = paired(steps | peers, pairs=options.pairs, warmup=3, progress=progress)
     reports = dyncc.reports()[known:]
