@@ -102,11 +102,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", nargs="+", help="names of variants to time beside the baseline; all without it")
+    parser.add_argument("--layers", type=int, help="the model's first layers alone, for a quick look")
     parser.add_argument("--peer", type=Path, help="folder of the transformers exporter's graphs (fp32), made when it does not exist")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kv_cache.json")
     options = parser.parse_args(argv)
     torch._dynamo.config.recompile_limit = 64  # all variants compile one forward
     model, tokenizer = load_smollm2(getattr(torch, options.dtype))
+    if options.layers:
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[: options.layers], options.layers
     tokens = english_tokens(tokenizer)
     with torch.no_grad():
         _, *one = Prefill(model, keys=True)(tokens[: options.cached][None])
