@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dyncc.errors import DynccError, DynccUsageError, RefusedError
     from dyncc.fitted import save_parameters
     from dyncc.fitting.run import fit
-    from dyncc.given_weights import save_gates, save_lookahead
+    from dyncc.given_weights import save_attention_gates, save_gates, save_lookahead
     from dyncc.kv_cache import KVCache
     from dyncc.position_levels import PositionLevels, optimize_by_position
     from dyncc.report import Region, Report, Rewrite, reports
@@ -37,6 +37,7 @@ _PLACES = {
     "optimize": "runtime",
     "optimize_by_position": "position_levels",
     "reports": "report",
+    "save_attention_gates": "given_weights",
     "save_gates": "given_weights",
     "save_lookahead": "given_weights",
     "save_parameters": "fitted",
@@ -45,8 +46,8 @@ _PLACES = {
 __version__ = "0.1.0"
 __all__ = [
     "DynccError", "DynccUsageError", "KVCache", "Optimized", "PassInfo", "PositionLevels", "RefusedError", "Region", "Report", "Rewrite",
-    "calibrate_pairs", "explain", "fit", "list_passes", "load", "optimize", "optimize_by_position", "reports", "save_gates",
-    "save_lookahead", "save_parameters",
+    "calibrate_pairs", "explain", "fit", "list_passes", "load", "optimize", "optimize_by_position", "reports", "save_attention_gates",
+    "save_gates", "save_lookahead", "save_parameters",
 ]  # fmt: skip
 
 

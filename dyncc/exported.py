@@ -28,14 +28,14 @@ from torch.utils import _pytree as pytree
 
 from dyncc.capture import Signature
 from dyncc.ir import Program, drop_dead, output_node, outputs
-from dyncc.own_ops import spelled_out
+from dyncc.own_ops import EXPORTED, spelled_out
 
 KINDS = {"parameter": InputKind.PARAMETER, "buffer": InputKind.BUFFER, "constant": InputKind.CONSTANT_TENSOR, "input": InputKind.USER_INPUT}
 
 
 def flat(program: Program, signature: Signature, example: Sequence[torch.Tensor]) -> ExportedProgram:
     """An exported program over the tensor inputs alone, which returns a tuple of the caller's tensors; `example` holds one an input."""
-    copy = spelled_out(program).copy()
+    copy = spelled_out(program, EXPORTED).copy()
     _, in_spec = pytree.tree_flatten((tuple(example), {}))
     kept = [i for i in _user_outputs(copy, signature) if isinstance(outputs(copy.graph)[i], fx.Node)]
     _, out_spec = pytree.tree_flatten((0,) * len(kept))
@@ -49,7 +49,7 @@ def flat(program: Program, signature: Signature, example: Sequence[torch.Tensor]
 
 def shaped(program: Program, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """An exported program that is called like the model that was captured, with example inputs inside."""
-    copy = spelled_out(program).copy()
+    copy = spelled_out(program, EXPORTED).copy()
     _restore_constants(copy.graph, signature)
     kept = list(_user_outputs(copy, signature))
     return _assemble(copy, signature, kept, (signature.in_spec, signature.out_spec), (args, kwargs), list(signature.arguments) or None)

@@ -1,7 +1,8 @@
 """Trained weights that some evictions need: safetensors files that name the model they were trained for.
 
 `save_lookahead` writes what the recipe `lookaheadkv` takes (LookaheadKV, Ahn et al., ICLR 2026), `save_gates` what `trim-kv` takes
-(TRIM-KV, Bui et al., 2025). The training is not dyncc's.
+(TRIM-KV, Bui et al., 2025), `save_attention_gates` what `attention-gate` takes (Attention-Gate, Zeng et al., 2024). The training is not
+dyncc's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from dyncc.errors import BadWeightFile, BadWeights, OutputNotWritable
 from dyncc.stamped_file import Stamped, digest, read_stamped, write_stamped
 
-LOOKAHEAD, GATES = "dyncc lookahead rows 1", "dyncc retention gates 1"
+LOOKAHEAD, GATES, ATTENTION_GATES = "dyncc lookahead rows 1", "dyncc retention gates 1", "dyncc attention gates 1"
+ATTENTION_GATE = ("q", "k", "v", "outer", "bias")
 Activation = Literal["silu", "gelu", "relu"]
 
 
@@ -38,16 +40,29 @@ class Lookahead:
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """A gate for each attention: `inner` [R, C], `outer` [G, R], `bias` [G]; log(beta) = logsigmoid(outer act(inner x) + bias)."""
+    """A gate for each attention: tensors of which the first has the width C of what keys are made from, and the last is a bias [G]."""
 
-    gates: Sequence[tuple[Tensor, Tensor, Tensor]]
-    activation: Activation
+    gates: Sequence[tuple[Tensor, ...]]
     model: Stamped
     path: Path
 
     def of_layer(self, number: int) -> list[Tensor]:
         """What the cache hands to the graph at its layer `number`."""
         return list(self.gates[number]) if number < len(self.gates) else []
+
+
+@dataclass(frozen=True, eq=False)
+class FadingGates(Gates):
+    """`inner` [R, C], `outer` [G, R], `bias` [G]; log(beta) = logsigmoid(outer act(inner x) + bias)."""
+
+    activation: Activation
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionGates(Gates):
+    """`q`, `k`, `v` [R, C], `outer` [G, R], `bias` [G]: sigmoid(outer attention(q x, k x, v x) + bias), the attention of `heads` heads."""
+
+    heads: int
 
 
 def save_lookahead(
@@ -106,6 +121,32 @@ def save_gates(
     return _write(model, path, GATES, tensors, {"activation": activation, "gates": len(gates)})
 
 
+def save_attention_gates(model: nn.Module, gates: Sequence[tuple[Tensor, ...]], path: str | Path, heads: int = 1) -> Path:
+    """Write the file that `evict-kv{score=gate file=...}` and the recipe `attention-gate` take; returns its path.
+
+    Args:
+        model: the model that the gates were trained for, in the precision it will run in.
+        gates: for each attention in order `q`, `k` and `v` [R, C], `outer` [G, R] and `bias` [G], C the width of what its keys are made
+            from and G its key heads.
+        heads: into how many heads a gate's own attention splits R.
+    Raises:
+        BadWeights: the sizes of a gate do not fit each other.
+        OutputNotWritable: the file cannot be written.
+    """
+    tensors = dict[str, Tensor]()
+    for number, gate in enumerate(gates):
+        sizes = [tuple(t.shape) for t in gate]
+        rank = sizes[0][0] if sizes and len(sizes[0]) == 2 else 0
+        key_heads = sizes[-1][0] if sizes and len(sizes[-1]) == 1 else 0
+        if sizes != [*sizes[:1] * 3, (key_heads, rank), (key_heads,)] or heads < 1 or rank % heads:
+            wanted = "three of [rank, width], [key heads, rank] and [key heads] are wanted, the rank a multiple of the heads"
+            raise BadWeights(problem=f"gate {number} is {', '.join(str(list(s)) for s in sizes)} in {heads} heads; {wanted}")
+        tensors |= {f"{part}.{number}": tensor for part, tensor in zip(ATTENTION_GATE, gate, strict=True)}
+    if not tensors:
+        raise BadWeights(problem="no gate is given")
+    return _write(model, path, ATTENTION_GATES, tensors, {"heads": heads, "gates": len(gates)})
+
+
 def load_lookahead(path: Path) -> Lookahead:
     """The rows and adapters in a file.
 
@@ -117,15 +158,28 @@ def load_lookahead(path: Path) -> Lookahead:
     return Lookahead(found.tensors["rows"], dict(zip(found.told["weights"], pairs, strict=True)), found.told["scale"], found, path)
 
 
-def load_gates(path: Path) -> Gates:
+def load_gates(path: Path) -> FadingGates:
     """The gates in a file.
 
     Raises:
         BadWeightFile: there is no such file, or it is damaged, or is something else.
     """
     found = _read(path, GATES, "retention gates", "dyncc.save_gates")
-    gates = [tuple(found.tensors[f"{part}.{i}"] for part in ("inner", "outer", "bias")) for i in range(found.told["gates"])]
-    return Gates(gates, found.told["activation"], found, path)  # type: ignore[arg-type]
+    return FadingGates(_gates(found, ("inner", "outer", "bias")), found, path, found.told["activation"])
+
+
+def load_attention_gates(path: Path) -> AttentionGates:
+    """The gates in a file.
+
+    Raises:
+        BadWeightFile: there is no such file, or it is damaged, or is something else.
+    """
+    found = _read(path, ATTENTION_GATES, "attention gates", "dyncc.save_attention_gates")
+    return AttentionGates(_gates(found, ATTENTION_GATE), found, path, found.told["heads"])
+
+
+def _gates(found: Stamped, parts: Sequence[str]) -> list[tuple[Tensor, ...]]:
+    return [tuple(found.tensors[f"{part}.{number}"] for part in parts) for number in range(found.told["gates"])]
 
 
 def _write(model: nn.Module, path: str | Path, form: str, tensors: Mapping[str, Tensor], told: dict[str, Any]) -> Path:

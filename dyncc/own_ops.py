@@ -9,10 +9,13 @@ from typing import Any
 from torch import fx
 
 from dyncc.ir import Program, emit
-from dyncc.kernels import fused_attention, gated_delta_rule, gated_linear_attention, one_row
+from dyncc.kernels import append_rows, fused_attention, gated_delta_rule, gated_linear_attention, one_row
 
 TRUTHS = {**one_row.TRUTHS, **fused_attention.TRUTHS, **gated_linear_attention.TRUTHS, **gated_delta_rule.TRUTHS}
-"""The truth of every op of dyncc's own that passes emit."""
+"""The truth of every op of dyncc's own that passes emit and that computes something."""
+
+EXPORTED = {**TRUTHS, **append_rows.TRUTHS}
+"""With that of the op whose memory outlives a call, which PyTorch alone can run."""
 
 
 def spelled_out(program: Program, truths: Mapping[Any, Callable[..., Any]] = TRUTHS) -> Program:

@@ -55,7 +55,8 @@ class Context:
 @dataclass(frozen=True)
 class PassResult:
     """What a pass did. `found` of `expected` sites were rewritten; `misses` says why the others were not; `cuts` is for the masked form;
-    `pays_from` says from which size on it saves work, where the graph serves sizes that grow beyond the captured ones."""
+    `strided_outputs` lie otherwise in memory than was promised; `pays_from` says from which size on it saves work, where the graph serves
+    sizes that grow beyond the captured ones."""
 
     found: int
     expected: int
@@ -63,6 +64,7 @@ class PassResult:
     misses: tuple[str, ...] = ()
     cuts: tuple[Any, ...] = ()
     shortened_outputs: frozenset[int] = frozenset()
+    strided_outputs: frozenset[int] = frozenset()
     pays_from: str = ""
 
 
@@ -141,23 +143,23 @@ def callers_outputs(program: Program) -> list[Any]:
 
 
 def _finish(before: Program, after: Program, result: PassResult) -> bool:
-    _keep_strides(before, after, result.shortened_outputs)
+    _keep_strides(before, after, result.shortened_outputs | result.strided_outputs)
     drop_dead(after.graph)
     after.graph.lint()
     after.module.recompile()
-    check_outputs(before, after, result.shortened_outputs)
+    check_outputs(before, after, result.shortened_outputs, result.strided_outputs)
     check_shapes(before.graph, after.graph)
     return fingerprint(before.graph) != fingerprint(after.graph)
 
 
-def _keep_strides(before: Program, after: Program, shortened: frozenset[int]) -> None:
+def _keep_strides(before: Program, after: Program, but: frozenset[int]) -> None:
     """Lay rewritten outputs out in memory as torch.compile was promised (sizes must be known for that)."""
     if before.door != 1:
         return
     out, olds = output_node(after.graph), callers_outputs(before)
     news = outputs(after.graph)
     for i, old in enumerate(olds):
-        if i in shortened or not is_tensor(old) or not is_tensor(news[i]):
+        if i in but or not is_tensor(old) or not is_tensor(news[i]):
             continue
         size, stride = val(old).shape, val(old).stride()
         if stride != val(news[i]).stride() and all(isinstance(s, int) for s in (*size, *stride)) and size == val(news[i]).shape:
@@ -203,8 +205,10 @@ def _same_nodes(before: fx.Graph, after: fx.Graph) -> bool:
     return list(olds) == [n.name for n in after.nodes] and all(_untouched(n, olds) for n in after.nodes)
 
 
-def check_outputs(before: Program, after: Program, shortened: frozenset[int] = frozenset()) -> None:
-    """Outputs keep shape, stride, dtype and aliasing; those in `shortened` may be shorter.
+def check_outputs(
+    before: Program, after: Program, shortened: frozenset[int] = frozenset(), strided: frozenset[int] = frozenset()
+) -> None:
+    """Outputs keep shape, stride, dtype and aliasing; those in `shortened` may be shorter, those in `strided` have other strides.
 
     Raises:
         Refusal: one does not; it is named by its position.
@@ -220,7 +224,8 @@ def check_outputs(before: Program, after: Program, shortened: frozenset[int] = f
             continue
         if len(a.shape) != len(b.shape) or not all(same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True)):
             raise Refusal(f"output {i} would change its shape from {list(a.shape)} to {list(b.shape)}")
-        if before.door == 1 and not all(statically_known_true(x == y) for x, y in zip(a.stride(), b.stride(), strict=True)):
+        promised = before.door == 1 and i not in strided
+        if promised and not all(statically_known_true(x == y) for x, y in zip(a.stride(), b.stride(), strict=True)):
             raise Refusal(f"output {i} would change its strides from {a.stride()} to {b.stride()}")
         if _alias_root(old) != _alias_root(new):
             raise Refusal(f"output {i} would no longer alias the same input")

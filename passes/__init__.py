@@ -11,6 +11,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("drop-repeat-kv", "drop_repeat_kv:DropRepeatKV"),
     ("fuse-gated-attention", "fuse_gated_attention:FuseGatedAttention"),
     ("fuse-linear-attention", "fuse_linear_attention:FuseLinearAttention"),
+    ("append-in-place", "append_in_place:AppendInPlace"),
     ("prune-tokens", "prune_tokens:PruneTokens"),
     ("select-kv", "select_kv:SelectKV"),
     ("evict-kv", "evict_kv:EvictKV"),

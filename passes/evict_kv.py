@@ -5,7 +5,8 @@ computes what each key has earned beside the attention, and the cache itself dro
 not change. In a prompt whose keys and values are outputs (`Prefill(keys=True)`, an exported prefill) the outputs are the kept rows.
 Scores: H2O (Zhang et al. 2023), A2SF (Jo & Shin 2024), Keyformer (Adnan et al. 2024), SnapKV (Li et al. 2024), StreamingLLM;
 DapQ (Tian et al. 2026) for `ahead`, the attention of rows that stand behind the prompt (rows_ahead.py). With trained weights from a file
-(given_scores.py): LookaheadKV (Ahn et al. 2026) for such rows, TRIM-KV (Bui et al. 2025) for `fade`, by which keys lose worth as they age.
+(given_scores.py): LookaheadKV (Ahn et al. 2026) for such rows, TRIM-KV (Bui et al. 2025) for `fade`, by which keys lose worth as they age,
+and Attention-Gate (Zeng et al. 2024) for `gate`, by which each key of a prompt stays or goes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import fx
 from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.analysis.facts import Facts
 from dyncc.errors import BadOptionValue
-from dyncc.given_weights import Gates, Lookahead
+from dyncc.given_weights import AttentionGates, FadingGates, Gates, Lookahead
 from dyncc.ir import GETITEM, Program, argument, emit, output_node, outputs, shape, val
 from dyncc.kernels.evict_keys import (
     HIDDEN,
@@ -36,7 +37,7 @@ from dyncc.kernels.evict_keys import (
 from dyncc.kernels.select_keys import select_keys, take_keys
 from dyncc.options import settle
 from dyncc.passes.drop_repeat_kv import repeated
-from dyncc.passes.given_scores import check_gates, check_model, faded, fading, load_given, rows_given
+from dyncc.passes.given_scores import behind_old, check_gates, check_model, gated, load_given, rows_given
 from dyncc.passes.rows_ahead import Given, Look, RowsAhead, Site
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
@@ -51,7 +52,7 @@ class EvictKV(Pass):
     exact: ClassVar[bool] = False
 
     budget: int = 1024
-    score: Literal["received", "window", "ahead", "fade", "recents"] = "received"
+    score: Literal["received", "window", "ahead", "fade", "gate", "recents"] = "received"
     window: int = 32
     pool: int = 1
     decay: float = 1.0
@@ -74,11 +75,12 @@ class EvictKV(Pass):
             raise BadOptionValue(option="pool", value=str(self.pool), problem="a key stands in the middle of its pool: take an odd number")
         if not 0.0 < self.decay <= 1.0:
             raise BadOptionValue(option="decay", value=str(self.decay), problem="it lies above 0 and is 1 at most")
-        if self.score == "ahead" and self.every:
-            raise BadOptionValue(option="every", value=str(self.every), problem="score=ahead looks once, when the prompt ends: every=0")
+        if self.score in ("ahead", "gate") and self.every:
+            problem = f"score={self.score} looks once, when the prompt ends: every=0"
+            raise BadOptionValue(option="every", value=str(self.every), problem=problem)
         if self.score == "fade" and not self.every:
             raise BadOptionValue(option="every", value="0", problem="score=fade looks at keys as they age: every=1 or more")
-        if self.file is not None and self.score not in ("ahead", "fade"):
+        if self.file is not None and not self.wants_new:
             raise BadOptionValue(option="file", value=self.file, problem=f"score={self.score} needs no trained weights")
         if self.temperature <= 0:
             raise BadOptionValue(option="temperature", value=str(self.temperature), problem="it lies above 0")
@@ -86,17 +88,18 @@ class EvictKV(Pass):
     @property
     def wants_new(self) -> bool:
         """Whether scores are made from what this call's keys come from."""
-        return self.score in ("ahead", "fade")
+        return self.score in ("ahead", "fade", "gate")
 
-    def given(self) -> Lookahead | Gates | None:
+    def given(self) -> Lookahead | FadingGates | AttentionGates | None:
         """The trained weights in `file`.
 
         Raises:
             BadOptionValue: the score needs a file and has none.
             BadWeightFile: there is no such file, or it is damaged, or is something else.
         """
-        if self.file is None and self.score == "fade":
-            raise BadOptionValue(option="file", value="none", problem="score=fade needs the file that dyncc.save_gates wrote")
+        writer = {"fade": "dyncc.save_gates", "gate": "dyncc.save_attention_gates"}.get(self.score)
+        if self.file is None and writer is not None:
+            raise BadOptionValue(option="file", value="none", problem=f"score={self.score} needs the file that {writer} wrote")
         return load_given(self.score, self.file) if self.file is not None else None
 
     def choose(self, scores: torch.Tensor, enough: bool = False, ages: torch.Tensor | None = None) -> torch.Tensor:
@@ -115,7 +118,7 @@ class EvictKV(Pass):
         marks = [n for n in program.graph.nodes if n.target is WATCHED and argument(n, "policy") == self._text()]
         if marks:
             return self._serve(marks, program, facts, context)
-        if self.file is not None or self.score == "fade":
+        if self.file is not None or self.score in ("fade", "gate"):
             raise Refusal("trained weights come with dyncc.KVCache: compile the model and give it a cache made with this pass")
         done, misses, shortened, held = 0, [], set(), {}
         for region in facts.attention:
@@ -157,7 +160,7 @@ class EvictKV(Pass):
                 raise Refusal(f"no attention that dyncc understands reads the keys of cache layer {number}")
             keys, old, new, gate, _, rows, start = mark.args
             if isinstance(given, Gates):
-                scores = self._faded(region, given, old, new[0], gate)
+                scores = self._gated(region, given, old, new[0], gate)
             else:
                 scores = self._scores(region, shape(keys)[1], old, rows, start, looks)
             for user in list(mark.users):
@@ -237,9 +240,9 @@ class EvictKV(Pass):
         made: fx.Node = emit(look.out, compute, look.q, look.k, look.mask, region.mask)
         return made
 
-    def _faded(self, region: AttentionRegion, given: Gates, old: fx.Node, keys: fx.Node, gate: list[fx.Node]) -> fx.Node:
-        fresh = fading(given, keys, gate, region.out)
-        made: fx.Node = emit(region.out, lambda fresh, old, mask: hide_pads(faded(fresh, old), mask), fresh, old, region.mask)
+    def _gated(self, region: AttentionRegion, given: Any, old: fx.Node, keys: fx.Node, gate: list[fx.Node]) -> fx.Node:
+        fresh = gated(given, keys, gate, region.mask, region.out)
+        made: fx.Node = emit(region.out, lambda fresh, old, mask: hide_pads(behind_old(fresh, old), mask), fresh, old, region.mask)
         return made
 
     def _spelled(self, region: AttentionRegion, groups: Any, old: fx.Node | None) -> fx.Node:

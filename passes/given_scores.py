@@ -1,13 +1,15 @@
 """Trained weights in `evict-kv`: their files, that they belong to the very model, and what they compute in its graph.
 
 LookaheadKV (Ahn et al., ICLR 2026): embeddings and adapters for the rows of rows_ahead.py. TRIM-KV (Bui et al., 2025): a key fades by a
-gate on what it was made from, beta = sigmoid(W2 act(W1 x) + b), and is worth beta^age. The weights themselves come through the marks of
-a `dyncc.KVCache`, as inputs of the graph.
+gate on what it was made from, beta = sigmoid(W2 act(W1 x) + b), and is worth beta^age. Attention-Gate (Zeng et al., 2024): a key stays by
+a small attention over what the whole prompt's keys are made from, p = sigmoid(W attention(q x, k x, v x) + b). The weights themselves come
+through the marks of a `dyncc.KVCache`, as inputs of the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,17 @@ from torch.nn import functional as F
 
 from dyncc.analysis.facts import Facts
 from dyncc.errors import BadWeightFile
-from dyncc.given_weights import Gates, Lookahead, load_gates, load_lookahead
+from dyncc.given_weights import (
+    AttentionGates,
+    FadingGates,
+    Gates,
+    Lookahead,
+    load_attention_gates,
+    load_gates,
+    load_lookahead,
+)
 from dyncc.ir import Program, emit, op_name, operands, shape
+from dyncc.kernels.select_keys import visible_keys
 from dyncc.passes.rows_ahead import Given
 from dyncc.restrict import Refusal, where
 from dyncc.stamped_file import digest
@@ -26,13 +37,15 @@ from dyncc.stamped_file import digest
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
-def load_given(score: str, file: str) -> Lookahead | Gates:
+def load_given(score: str, file: str) -> Lookahead | FadingGates | AttentionGates:
     """The weights that a score needs.
 
     Raises:
         BadWeightFile: there is no such file, or it is damaged, or is something else.
     """
-    return load_lookahead(Path(file)) if score == "ahead" else load_gates(Path(file))
+    if score == "ahead":
+        return load_lookahead(Path(file))
+    return load_attention_gates(Path(file)) if score == "gate" else load_gates(Path(file))
 
 
 def check_model(given: Lookahead | Gates, program: Program, values: Sequence[Any] | None) -> list[tuple[fx.Node, Tensor]]:
@@ -73,27 +86,39 @@ def check_gates(given: Gates, facts: Facts) -> None:
         raise BadWeightFile(path=given.path, problem=problem, writer=_writer(given))
 
 
-def fading(given: Gates, keys: fx.Node, nodes: Sequence[fx.Node], before: fx.Node) -> fx.Node:
-    """-log(beta) [B, G, T] of the keys [B, G, T, D] that a call adds, by a gate's three nodes.
+def gated(given: FadingGates | AttentionGates, keys: fx.Node, nodes: Sequence[fx.Node], mask: fx.Node | None, before: fx.Node) -> fx.Node:
+    """What a gate, whose tensors are `nodes`, says of the keys [B, G, T, D] that a call adds: [B, G, T], -log(beta) or the probability p.
+
+    Args:
+        mask: that of the attention, [B or 1, 1, T, N], by whose last row pads are known; None where nothing is hidden.
 
     Raises:
         BadWeightFile: the gate is for another width or other heads.
         Refusal: what the keys are made from is not found.
     """
-    x, activation = _source(keys), ACTIVATIONS[given.activation]
-    inner, outer, _ = nodes
-    wanted, found = (shape(inner)[1], shape(outer)[0]), (shape(x)[-1], shape(keys)[1])
+    x = _source(keys)
+    wanted, found = (shape(nodes[0])[1], shape(nodes[-1])[0]), (shape(x)[-1], shape(keys)[1])
     if wanted != found:
         problem = f"its gates are for width {wanted[0]} and {wanted[1]} key heads, the graph has {found[0]} and {found[1]}"
         raise BadWeightFile(path=given.path, problem=problem, writer=_writer(given))
-
-    def fade(x: Tensor, inner: Tensor, outer: Tensor, bias: Tensor) -> Tensor:
-        x = x.float()
-        gate = F.linear(activation(F.linear(x, inner.to(x))), outer.to(x), bias.to(x))
-        return F.softplus(-gate).transpose(1, 2)
-
-    made: fx.Node = emit(before, fade, x, *nodes)
+    compute = partial(_attend, given.heads) if isinstance(given, AttentionGates) else partial(_fade, given.activation)
+    made: fx.Node = emit(before, compute, x, mask, *nodes)
     return made
+
+
+def _fade(activation: str, x: Tensor, mask: Tensor | None, inner: Tensor, outer: Tensor, bias: Tensor) -> Tensor:
+    x = x.float()
+    gate = F.linear(ACTIVATIONS[activation](F.linear(x, inner.to(x))), outer.to(x), bias.to(x))
+    return F.softplus(-gate).transpose(1, 2)
+
+
+def _attend(heads: int, x: Tensor, mask: Tensor | None, *gate: Tensor) -> Tensor:
+    x = x.float()
+    q, k, v, outer, bias = (t.to(x) for t in gate)
+    seen = None if mask is None else visible_keys(mask[:, :, -1:, mask.shape[3] - x.shape[1] :])[:, :, None]
+    q, k, v = (F.linear(x, w).unflatten(2, (heads, -1)).transpose(1, 2) for w in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+    return torch.sigmoid(F.linear(mixed, outer, bias)).transpose(1, 2)
 
 
 def _source(keys: fx.Node) -> fx.Node:
@@ -114,9 +139,10 @@ def _source(keys: fx.Node) -> fx.Node:
 
 
 def _writer(given: Lookahead | Gates) -> str:
-    return "dyncc.save_lookahead" if isinstance(given, Lookahead) else "dyncc.save_gates"
+    writers = {Lookahead: "dyncc.save_lookahead", FadingGates: "dyncc.save_gates", AttentionGates: "dyncc.save_attention_gates"}
+    return writers[type(given)]
 
 
-def faded(fresh: Tensor, old: Tensor) -> Tensor:
-    """How fast each key [B, G, N] fades: the last ones anew, the others as before."""
+def behind_old(fresh: Tensor, old: Tensor) -> Tensor:
+    """What gates say of each key [B, G, N]: of the last ones anew, of the others as before."""
     return torch.cat([old[:, :, : old.shape[2] - fresh.shape[2]], fresh], 2)

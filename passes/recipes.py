@@ -162,6 +162,18 @@ TRIM_KV = Recipe(
     confidence="high",
 )
 
+ATTENTION_GATE = Recipe(
+    name="attention-gate",
+    pass_name="evict-kv",
+    options={"budget": "1024", "score": "gate", "recents": "1"},
+    citation="Zeng et al., In-context KV-Cache Eviction for LLMs via Attention-Gate, 2024",
+    needs="trained weights",
+    note="file= takes a trained gate for each attention (dyncc.save_attention_gates), a small attention over the whole prompt; every key "
+    "head keeps the same number, the best by its gate, where the authors keep those above one half; the prompt itself reads all its keys, "
+    "and what is generated stays",
+    confidence="medium",
+)
+
 TOVA = Recipe(
     name="tova",
     pass_name="evict-kv",
@@ -307,6 +319,6 @@ SKIPDECODE = Recipe(
 
 RECIPES: tuple[Recipe, ...] = (
     EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, ACTQKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
-    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, TOVA, CALM, INFORMED_ROUTING, MIXTURE_OF_DEPTHS, SKIPDECODE,
+    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, ATTENTION_GATE, TOVA, CALM, INFORMED_ROUTING, MIXTURE_OF_DEPTHS, SKIPDECODE,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

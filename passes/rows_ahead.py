@@ -21,9 +21,8 @@ from dyncc.analysis.axes import Axes, Dim
 from dyncc.ir import argument, emit, is_mutating, op_name, operands, refresh, same_size, shape, val
 from dyncc.kernels.evict_keys import ahead_mask
 from dyncc.passes.drop_repeat_kv import repeated
+from dyncc.passes.token_inputs import SAME, says_what
 from dyncc.restrict import Refusal, resize, where
-
-SAME = ("to", "alias", "view", "reshape")
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class RowsAhead:
         before = next(n for n in node.graph.nodes if n.op != "placeholder") if node.op == "placeholder" else node.next
         if op_name(node) != "arange" and (node.op != "placeholder" or node.meta.get("role") != "input"):
             raise Refusal(f"{where(node)} holds a row for each token, and nothing says how it goes on behind the prompt")
-        if node.op == "placeholder" and (val(node).is_floating_point() or _says_what(node)):
+        if node.op == "placeholder" and (val(node).is_floating_point() or says_what(node, dim)):
             self.content.add(node)
             made = emit(before, lambda x: _last(x, count, dim), node)
         else:
@@ -204,15 +203,6 @@ class RowsAhead:
 
 def _behind(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat([old, new], 2)
-
-
-def _says_what(node: fx.Node) -> bool:
-    """Whether an input of whole numbers says what tokens are, not where they stand."""
-    return "position" not in node.name and _is_looked_up(node)
-
-
-def _is_looked_up(node: fx.Node) -> bool:
-    return any(op_name(u) == "embedding" or (op_name(u) in SAME and _is_looked_up(u)) for u in node.users)
 
 
 def _last(rows: Tensor, count: int, dim: int) -> Tensor:

@@ -17,8 +17,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import dyncc
+from dyncc.analysis.facts import analyse
+from dyncc.capture import from_model
 from dyncc.decoding import Prefill
+from dyncc.passes.token_inputs import says_what
 from dyncc.pipeline import build
+from dyncc.restrict import Refusal
 
 DAPQ = "dapq{budget=12 window=4 pool=3}"
 
@@ -182,5 +186,58 @@ def test_learned_positions_count_on_and_stop_at_their_last() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(F, "scaled_dot_product_attention", note)
         model(input_ids=torch.cat([ids, ids[:, -8:]], 1), position_ids=torch.arange(28).clamp(max=23)[None])
-    for a, b in zip(scored(model, ids, text="dapq{window=8}"), seen, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for given in ({}, {"position_ids": torch.arange(20)[None]}):
+        torch._dynamo.reset()
+        cache = dyncc.KVCache("dapq{window=8}")
+        compiled(model)(input_ids=ids, past_key_values=cache, **given)
+        for layer, then in zip(cache.layers, seen, strict=True):
+            torch.testing.assert_close(layer.scores, then, rtol=1e-4, atol=1e-5)
+
+
+class Reader(torch.nn.Module):
+    """Words, positions and segments from inputs, with a head of its own, a tied one, or none."""
+
+    def __init__(self, head: str, words: int = 30, places: int = 24) -> None:
+        super().__init__()
+        self.words, self.places, self.segments = (torch.nn.Embedding(rows, 8) for rows in (words, places, 2))
+        self.head = None if head == "none" else torch.nn.Linear(8, words, bias=False)
+        if head == "tied":
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor, at: Tensor, kinds: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(at.to(torch.int64).view(at.shape)) + self.segments(kinds)
+        return x if self.head is None else 30 * torch.tanh(self.head(x[:, -1:]).float() / 30)
+
+
+def told(model: Reader) -> list[bool]:
+    ids = torch.arange(9)[None]
+    program, _ = from_model(model.eval(), (ids, ids.clone(), torch.zeros_like(ids)))
+    analyse(program)  # says which placeholders are inputs
+    return [says_what(n, 1) for n in program.graph.nodes if n.op == "placeholder" and n.meta["role"] == "input"]
+
+
+@pytest.mark.parametrize("head", ["own", "tied"])
+def test_what_an_input_says_is_found_by_its_table(head: str) -> None:
+    assert told(Reader(head)) == [True, False, True]
+
+
+def test_a_tied_head_tells_tables_of_equal_sizes_apart() -> None:
+    assert told(Reader("tied", places=30)) == [True, False, True]
+
+
+def test_beside_embeddings_a_table_that_is_no_vocabulary_holds_positions() -> None:
+    class Embedded(Reader):
+        def forward(self, x: Tensor, at: Tensor) -> Tensor:
+            return self.head(x + self.places(at))
+
+    for places, found in ((24, False), (30, True)):
+        program, _ = from_model(Embedded("own", places=places).eval(), (torch.ones(1, 9, 8), torch.arange(9)[None]))
+        analyse(program)
+        *_, at = (n for n in program.graph.nodes if n.op == "placeholder")
+        assert says_what(at, 1) is found
+
+
+@pytest.mark.parametrize("reader", [Reader("none"), Reader("own", places=30)])
+def test_tables_that_nothing_tells_apart_are_refused(reader: Reader) -> None:
+    with pytest.raises(Refusal, match="a table of words or of positions, and nothing says which; capture the model with its language head"):
+        told(reader)

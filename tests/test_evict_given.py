@@ -1,4 +1,4 @@
-"""evict-kv with trained weights from a file (LookaheadKV, TRIM-KV): what they compute, and files that are not taken."""
+"""evict-kv with trained weights from a file (LookaheadKV, TRIM-KV, Attention-Gate): what they compute, and files that are not taken."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def drawn(*sizes: int, seed: int = 0) -> Tensor:
 def gates(seed: int = 5, bias: float = 2.0) -> list[tuple[Tensor, Tensor, Tensor]]:
     made = [(drawn(6, C, seed=seed + i), drawn(GROUPS, 6, seed=seed + 9 + i)) for i in range(LAYERS)]
     return [(inner, outer, torch.full((GROUPS,), bias)) for inner, outer in made]
+
+
+def attention_gates(seed: int = 5, rank: int = 6) -> list[tuple[Tensor, ...]]:
+    parts = [[drawn(rank, C, seed=seed + 7 * i + j) / 4 for j in range(3)] for i in range(LAYERS)]
+    return [(*qkv, drawn(GROUPS, rank, seed=seed + i), drawn(GROUPS, seed=seed + i)) for i, qkv in enumerate(parts)]
 
 
 def adapters(names: list[str], seed: int = 3, size: float = 0.3) -> dict[str, tuple[Tensor, Tensor]]:
@@ -155,6 +160,59 @@ def test_keys_fade_as_in_the_masked_form(folder: Path, bias: float, monkeypatch:
     assert all(layer.store.length == 9 + 2 for layer in cache.layers)
 
 
+class GatedForm(MaskedForm):
+    """The masked form by gates that look at all the rows of a call: NumPy on what hooks note in the model itself."""
+
+    def __init__(self, policy: Any, model: Any, made: list[tuple[Tensor, ...]], heads: int) -> None:
+        super().__init__(policy)
+        self.gates, self.heads, self.rows = [[t.numpy().astype(np.float64) for t in gate] for gate in made], heads, np.zeros(0)
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.register_forward_pre_hook(self.note)
+
+    def note(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        self.rows = args[0].numpy().astype(np.float64)
+
+    def earned(self, scores: Any, probabilities: Any, seen: Any) -> Any:
+        batch, rows, _ = self.rows.shape
+        *qkv, outer, bias = self.gates[(self.calls - 1) % LAYERS]
+        q, k, v = (np.swapaxes((self.rows @ w.T).reshape(batch, rows, self.heads, -1), 1, 2) for w in qkv)
+        logits = q @ np.swapaxes(k, 2, 3) / q.shape[3] ** 0.5
+        weights = np.exp(logits) * seen[:, None, -1:, seen.shape[2] - rows :]
+        mixed = np.swapaxes(weights / weights.sum(3, keepdims=True) @ v, 1, 2).reshape(batch, rows, -1)
+        scores[..., scores.shape[2] - rows :] = np.swapaxes(1 / (1 + np.exp(-(mixed @ outer.T + bias))), 1, 2)
+        return scores
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chunks", [(16,), (9, 7)])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_gates_look_at_the_whole_prompt_as_in_the_masked_form(
+    folder: Path, chunks: tuple[int, ...], heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = dyncc.save_attention_gates(tiny_llama(), attention_gates(), folder / "looks", heads)
+    recipe, calls, model = f"attention-gate{{budget=8 file={file}}}", conversation((*chunks, *[1] * 6)), tiny_llama()
+    form, expected = GatedForm(build(recipe)[0], model, attention_gates(), heads), list[Tensor]()
+    plain, dense = DynamicCache(), DynamicCache()
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", form)
+        expected += [read(model, plain, ids, mask) for ids, mask in calls]
+    run, cache, apart = compiled(tiny_llama()), dyncc.KVCache(recipe), 0.0
+    for (ids, mask), then in zip(calls, expected, strict=True):
+        torch.testing.assert_close(read(run, cache, ids, mask)[:, -1], then[:, -1], rtol=1e-4, atol=1e-5)
+        apart = max(apart, (read(model, dense, ids, mask)[:, -1] - then[:, -1]).abs().max().item())
+    assert apart > 1e-3
+    assert all(layer.store.length == 8 + 6 for layer in cache.layers)
+
+
+def test_open_gates_are_a_tie_and_the_newest_key_always_stays() -> None:
+    policy = build("evict-kv{budget=4 score=gate recents=1}")[0]
+    assert policy.choose(torch.ones(1, 2, 9)).tolist() == [[[0, 1, 2, 8]] * 2]
+    shut = torch.tensor([[[0.1, 0.9, 0.2, 0.8, 0.7, 0.0]]])
+    assert policy.choose(shut).tolist() == [[[1, 3, 4, 5]]]
+    shut[:, :, 1] = -1.0  # a pad
+    assert policy.choose(shut).tolist() == [[[2, 3, 4, 5]]]
+
+
 def test_equal_gates_keep_the_newest_keys_and_full_ones_keep_everything_equally() -> None:
     policy = build("evict-kv{budget=5 score=fade recents=0 every=1}")[0]
     ages = torch.arange(9, 0, -1).expand(1, 2, 9)
@@ -180,7 +238,9 @@ def test_a_budget_of_all_keys_is_the_dense_model(folder: Path) -> None:
     model = tiny_llama()
     lookahead = dyncc.save_lookahead(model, drawn(3, C), folder / "rows", adapters(every_linear()))
     retention = dyncc.save_gates(model, gates(), folder / "all")
-    for recipe in (f"trim-kv{{budget=64 every=1 file={retention}}}", f"lookaheadkv{{budget=64 file={lookahead}}}"):
+    looks = dyncc.save_attention_gates(model, attention_gates(), folder / "open")
+    recipes = f"trim-kv{{budget=64 every=1 file={retention}}}", f"lookaheadkv{{budget=64 file={lookahead}}}"
+    for recipe in (*recipes, f"attention-gate{{file={looks}}}"):
         torch._dynamo.reset()
         run, cache, plain = compiled(model), dyncc.KVCache(recipe), dyncc.KVCache()
         for ids, mask in conversation((14, 1, 1)):
@@ -207,6 +267,9 @@ def test_files_that_are_not_taken(folder: Path) -> None:
     refused(f"trim-kv{{file={damaged}}}", BadWeightFile, "it cannot be read")
     refused(f"h2o{{file={file}}}", BadOptionValue, "score=received needs no trained weights")
     refused(f"trim-kv{{every=0 file={file}}}", BadOptionValue, "every=1 or more")
+    refused("attention-gate", BadOptionValue, "score=gate needs the file that dyncc.save_attention_gates wrote")
+    refused(f"attention-gate{{file={file}}}", BadWeightFile, "it is no file of attention gates of this version; dyncc.save_attention_gates")
+    refused(f"attention-gate{{every=1 file={file}}}", BadOptionValue, "score=gate looks once")
     refused("dapq{every=1}", BadOptionValue, "looks once, when the prompt ends")
     refused("promptdistill{layers=1 keep=2000} dapq", BadCachePasses, "scores keys by all rows of the prompt")
     assert dyncc.KVCache(f"trim-kv{{file={file}}} quest") is not None
@@ -225,6 +288,11 @@ def test_files_of_another_model_are_not_taken(folder: Path) -> None:
         torch._dynamo.reset()
         with pytest.raises(BadWeightFile, match=words):
             read(compiled(tiny_llama()), dyncc.KVCache(f"trim-kv{{file={file}}}"), ids)
+    less = [(*(t[:, :8] for t in gate[:3]), *gate[3:]) for gate in attention_gates()]
+    file = dyncc.save_attention_gates(own, less, folder / "less")
+    torch._dynamo.reset()
+    with pytest.raises(BadWeightFile, match=f"its gates are for width 8 and {GROUPS} key heads.*dyncc.save_attention_gates"):
+        read(compiled(tiny_llama()), dyncc.KVCache(f"attention-gate{{file={file}}}"), ids)
     narrow = dyncc.save_lookahead(tiny_llama(), drawn(3, 8), folder / "narrow")
     torch._dynamo.reset()
     with pytest.raises(CacheNotServed, match=r"the rows given are \[3, 8\]"):
@@ -241,6 +309,10 @@ def test_weights_that_do_not_fit_are_not_saved(folder: Path) -> None:
         "does not add to its weight": lambda: dyncc.save_lookahead(model, drawn(3, C), folder / "x", {name: (up, down)}),
         "gate 0 is": lambda: dyncc.save_gates(model, [(inner, outer.T, bias)], folder / "x"),
         "no gate is given": lambda: dyncc.save_gates(model, [], folder / "x"),
+        "gate 0 is .* in 4 heads": lambda: dyncc.save_attention_gates(model, attention_gates(), folder / "x", heads=4),
+        "gate 1 is": lambda: dyncc.save_attention_gates(model, [attention_gates()[0], gates()[1]], folder / "x"),
+        "gate 0 is  in 1 heads": lambda: dyncc.save_attention_gates(model, [()], folder / "x"),
+        "no gate is giv": lambda: dyncc.save_attention_gates(model, [], folder / "x"),
     }.items():
         with pytest.raises(BadWeights, match=words):
             call()
@@ -255,11 +327,14 @@ def recipe(request: pytest.FixtureRequest, folder: Path) -> str:
     return {
         "dapq": lambda: "dapq{budget=12 window=4}",
         "lookaheadkv": lambda: f"lookaheadkv{{budget=12 file={dyncc.save_lookahead(model, drawn(3, C), folder / 'r', low)}}}",
+        "attention-gate": lambda: (
+            f"attention-gate{{budget=12 file={dyncc.save_attention_gates(model, attention_gates(), folder / 'a', heads=2)}}}"
+        ),
         "trim-kv": lambda: f"trim-kv{{budget=12 every=4 file={dyncc.save_gates(model, gates(), folder / 'g')}}}",
     }[request.param]()
 
 
-each = pytest.mark.parametrize("recipe", ["dapq", "lookaheadkv", "trim-kv"], indirect=True)
+each = pytest.mark.parametrize("recipe", ["dapq", "lookaheadkv", "trim-kv", "attention-gate"], indirect=True)
 
 
 @pytest.mark.full
@@ -280,9 +355,9 @@ def test_generation_holds_the_budget_with_beams_too(recipe: str) -> None:
 
 @pytest.mark.full
 @each
-def test_sequences_do_not_leak_copies_go_on_apart_and_a_reset_forgets(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=16)
+def test_sequences_do_not_leak_copies_go_on_apart_and_a_reset_forgets(recipe: str) -> None:
     """Copies, caches after a reset and steps that drop keys are graphs of their own: together more than Dynamo's 8."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 16)
     run, alone, a = compiled(tiny_llama()), list[Tensor](), dyncc.KVCache(recipe)
     calls = [ids.clone() for ids, _ in conversation((16, *[1] * 5), pads=0, batch=1)]
     for ids in calls:
