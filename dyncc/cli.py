@@ -25,7 +25,8 @@ app = typer.Typer(
     name="dyncc", help="Make the transformer models you already have do less work, and prove it on your inputs.", add_completion=False
 )
 
-Model = Annotated[str, typer.Argument(help="module:factory, a .pt2 file, or a folder that transformers can load")]
+MODEL_HELP = "module:factory, a .pt2 file, or a folder that transformers can load"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Passes = Annotated[str | None, typer.Option(help="pipeline text, such as 'evit{keep=0.7}'; default: the exact passes", metavar="TEXT")]
 Engine = Annotated[str, typer.Option(help="inductor, onnxruntime, openvino, reference or auto (measures once)")]
 PEERS_HELP = "what to compare with, of eager, inductor, onnxruntime, openvino and transformers-onnx"
@@ -198,18 +199,39 @@ def _note(message: str) -> None:
 
 @app.command()
 def kernels(
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     target: Annotated[str, typer.Option(help="compile for this device, such as cuda:90, and tell what each kernel takes there")] = "",
     dump: Annotated[Path | None, typer.Option(help="write the source of each kernel into this folder")] = None,
+    passes: Passes = None,
     as_json: Json = False,
 ) -> int:
-    """List the Triton kernels that dyncc generates; no GPU is needed."""
+    """List the Triton kernels that dyncc generates, or those for a model and who asked for each; no GPU is needed."""
     from dyncc.kernels.generator import catalogue
     from dyncc.outputs import writable_folder
 
+    if passes is not None and model is None:
+        raise DynccUsageError("--passes is about a model: give dyncc kernels MODEL --passes TEXT")
+    _check_passes(passes)
     folder = writable_folder(dump) if dump else None
     with _quiet_stdout():
-        rows = catalogue.rows(target, folder)
-    return _print_json(rows) if as_json else _print("\n".join(catalogue.line(row) for row in rows))
+        rows = catalogue.rows(target, folder, None if model is None else _generated(model, passes))
+    return _print_json(rows) if as_json else _print("\n".join(catalogue.line(row) for row in rows) or NO_KERNELS)
+
+
+NO_KERNELS = "no kernel is generated for this model: fuse-gated-attention and fuse-linear-attention, named in --passes, ask for most"
+
+
+def _generated(model: str, passes: str | None) -> list[Any]:
+    import torch
+
+    import dyncc
+    from dyncc.generated import generated
+    from dyncc.loading import load
+
+    loaded = load(model)
+    with torch.no_grad():
+        optimized = dyncc.optimize(loaded.model, loaded.args, loaded.kwargs, passes=passes, engine="reference", evidence="numeric")
+    return list(generated(optimized.program, optimized.report.difference))
 
 
 @app.command()

@@ -42,6 +42,11 @@ class Optimized:
         self._lowered: dict[Program, Any] = {}
 
     @property
+    def program(self) -> Program:
+        """The rewritten graph."""
+        return self._outcome.program
+
+    @property
     def flops(self) -> int:
         """FLOPs of one call at the example sizes; a multiply-add counts two."""
         return self.report.flops["now"]

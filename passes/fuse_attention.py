@@ -90,7 +90,7 @@ def _fuse(spelled: Spelled, needs_grad: bool) -> None:
     assert out is not None and v is not None
     beyond = {"cap": spelled.cap} if spelled.cap else {}
     if needs_grad and (spelled.cap or spelled.sinks):
-        raise NotRead("gradients are on, and attention with a soft cap or sinks has none; wrap the call in torch.no_grad()")
+        raise NotRead("gradients are on, for which attention with a soft cap or sinks stays written out; wrap the call in torch.no_grad()")
     frame = _frame(spelled)
     k = spelled.kt.args[0] if _turned(spelled.kt) else spelled.kt
     sloped = None if needs_grad else read_slopes(spelled.masks)

@@ -51,6 +51,9 @@ CASES: dict[str, list[Case]] = {
         (Attend(16, causal=True, **SMALL), {"rows": 33, "stretch": 1e2}),
         (Attend(40, causal=True, **F32), {"rows": 37}),
         (Attend(24, packed=True, **SMALL), {}),
+        *((Attend(24, mask="blocks", **SMALL), {"rows": rows, "keys": keys}) for rows, keys in ((1, 1), (33, 70), (47, 17))),
+        (Attend(16, mask="blocks", causal=True, window=9, cap=3.0, sinks=True, epilogues=("norm", "gate-silu"), **SMALL), {"rows": 70}),
+        (Attend(16, mask="blocks", rows=32, keys=16, epilogues=("residual",), **F16), {"rows": 50, "keys": 65}),
         (Attend(16, wide=24, packed=True, causal=True, window=5, sinks=True, epilogues=("norm", "gate-silu", "residual"), **SMALL), {}),
     ],
     "attend_chosen": [
@@ -76,6 +79,12 @@ CASES: dict[str, list[Case]] = {
         (LinearChunk(16, rows=16, **F32), {"rows": 47, "stretch": 100.0}),
         (LinearChunk(16, decay="head", rows=16, **F32), {"rows": 47, "stretch": 100.0}),
         (LinearChunk(16, rows=16, **F16), {"rows": 33}),
+        *((LinearChunk(24, wide=20, decay=decay, rule="delta", rows=16, started=s, **F32), {}) for decay, s in
+          itertools.product(("none", "head"), (False, True))),
+        (LinearChunk(16, decay="head", rule="delta", rows=32, started=True, epilogues=GATED_NORM, **F32), {"rows": 65}),
+        (LinearChunk(16, decay="head", rule="delta", rows=16, epilogues=("gate-sigmoid", "residual"), **F32), {"rows": 1}),
+        (LinearChunk(16, decay="head", rule="delta", rows=16, **F32), {"rows": 47, "stretch": 100.0}),
+        (LinearChunk(20, wide=37, columns=16, decay="none", rule="delta", **F16), {"rows": 33}),
         (LinearChunk(20, wide=37, columns=16, started=True, epilogues=("gate-silu", "residual"), **F32), {}),
     ],
     "linear_step": [

@@ -38,17 +38,28 @@ def attend_by_kernel(
     if prefix or slopes is not None:  # kernels know neither: they are written out as a mask
         attn_mask, is_causal = as_mask(query, key, attn_mask, is_causal, window, prefix, slopes), False
         window = 0
-    if not takes(query, key, value, attn_mask, sinks, gate):
-        told = {"sinks": sinks, "cap": cap, "window": window, "gate": gate, "activation": activation}
+    told = {"sinks": sinks, "cap": cap, "window": window, "gate": gate, "activation": activation}
+    spec = spec_of(query, key, value, attn_mask, is_causal, **told)  # type: ignore[arg-type]
+    if spec is None:
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **told)  # type: ignore[arg-type]
-    mask = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "added"
-    fused = (EPILOGUES[activation],) if gate is not None and activation in EPILOGUES else ()
-    spec = Attend(query.shape[3], value.shape[3], is_causal, window, cap, mask, sinks is not None, dtype=dtype_of(query), epilogues=fused)
     out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
     each = None if sinks is None else sinks.reshape(-1).expand(query.shape[1]).contiguous()
-    more = {"gate": gate} if fused else {}
+    more = {"gate": gate} if spec.epilogues else {}
     spec.run(query, key, value, mask=attn_mask, sinks=each, scale=scale, out=out, **more)
-    return out if fused else gated(out, gate, activation)
+    return out if spec.epilogues else gated(out, gate, activation)
+
+
+def spec_of(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, sinks: Tensor | None, cap: float, window: int,
+    gate: Tensor | None, activation: str,
+) -> Attend | None:  # fmt: skip
+    """The kernel that is generated for such tensors, of which only sizes and types count; None where the truth serves them."""
+    if not takes(query, key, value, mask, sinks, gate):
+        return None
+    kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "added"
+    fused = (EPILOGUES[activation],) if gate is not None and activation in EPILOGUES else ()
+    told = (is_causal, window, cap, kind, sinks is not None)
+    return Attend(query.shape[3], value.shape[3], *told, dtype=dtype_of(query), epilogues=fused)
 
 
 def as_mask(

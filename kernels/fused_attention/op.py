@@ -12,6 +12,7 @@ from torch import Tensor
 from dyncc.kernels.fused_attention.cpu import attend_by_rows
 from dyncc.kernels.fused_attention.gpu import attend_by_kernel
 from dyncc.kernels.fused_attention.truth import attend
+from dyncc.kernels.gradients import by_truth
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
 _library.define(
@@ -31,5 +32,6 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) ->
 
 
 ATTEND = torch.ops.dyncc.attend.default
+by_truth(_library, ATTEND, attend)
 TRUTHS: dict[Any, Callable[..., Tensor]] = {ATTEND: attend}
 """The op's truth in ATen, for engines that do not know it."""

@@ -58,11 +58,12 @@ def attend(
     if attn_mask is not None:
         logits = torch.where(attn_mask, logits, float("-inf")) if attn_mask.dtype == torch.bool else logits + attn_mask
     if sinks is None:
-        weights = torch.where((logits == float("-inf")).all(-1, keepdim=True), 0.0, torch.softmax(logits, -1))
+        blind = (logits == float("-inf")).all(-1, keepdim=True)  # the softmax of such a row, and its gradient, would be NaN
+        out = torch.where(blind, 0.0, torch.softmax(torch.where(blind, 0.0, logits), -1) @ v)
     else:
         column = sinks.to(wide).expand(*logits.shape[:3], 1)
-        weights = torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1]
-    return rows_apart(gated((weights @ v).to(query.dtype), gate, activation))
+        out = torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1] @ v
+    return rows_apart(gated(out.to(query.dtype), gate, activation))
 
 
 def check(

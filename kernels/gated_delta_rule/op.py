@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dyncc.kernels.gated_delta_rule.chunks import chunk
 from dyncc.kernels.gated_delta_rule.truth import step
-from dyncc.kernels.gated_linear_attention.op import SHORT, fake
+from dyncc.kernels.gated_linear_attention.op import SHORT, fake, in_order
+from dyncc.kernels.gradients import by_truth
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
 _library.define(
@@ -21,14 +22,19 @@ _library.define(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The form that is fastest for so many tokens; the results own their memory and lie in order, as the fake says."""
-    out, last = (step if q.shape[2] <= SHORT else chunk)(q, k, v, beta, log_decay, state)
-    return out.contiguous(), last.contiguous() if q.shape[2] else last.clone()
+    """The form that is fastest for so many tokens."""
+    return in_order((step if q.shape[2] <= SHORT else chunk)(q, k, v, beta, log_decay, state))
+
+
+def with_gradients(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """The form that autograd goes back through."""
+    return in_order(chunk(*given, **named))
 
 
 _library.impl("gated_delta_rule", forward, "CompositeExplicitAutograd")
 torch.library.register_fake("dyncc::gated_delta_rule", fake)
 
 GATED_DELTA_RULE = torch.ops.dyncc.gated_delta_rule.default
+by_truth(_library, GATED_DELTA_RULE, with_gradients)
 TRUTHS: dict[Any, Callable[..., Any]] = {GATED_DELTA_RULE: chunk}
 """The op in ATen, for engines that do not know it."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyncc.kernels.gated_linear_attention.chunks import chunk, chunk_by_chunk
 from dyncc.kernels.gated_linear_attention.truth import step
+from dyncc.kernels.gradients import by_truth
 
 SHORT = 4
 """Tokens up to which one after the other is faster than a chunk."""
@@ -23,10 +24,19 @@ _library.define(
 def on_cpu(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The form that is fastest for so many tokens; the results own their memory and lie in order, as the fake says."""
-    form = step if q.shape[2] <= SHORT else chunk_by_chunk
-    out, last = form(q, k, v, log_decay, state, scale)
-    return out.contiguous(), last.contiguous() if q.shape[2] else last.clone()
+    """The form that is fastest for so many tokens."""
+    return in_order((step if q.shape[2] <= SHORT else chunk_by_chunk)(q, k, v, log_decay, state, scale))
+
+
+def in_order(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Results that own their memory and lie in order, as the fake says."""
+    out, last = results
+    return out.contiguous(), last.contiguous() if out.shape[2] else last.clone()
+
+
+def with_gradients(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """The form that autograd goes back through."""
+    return in_order(chunk(*given, **named))
 
 
 _library.impl("gated_linear_attention", on_cpu, "CPU")
@@ -40,5 +50,6 @@ def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> tuple[Tens
 
 
 GATED_LINEAR_ATTENTION = torch.ops.dyncc.gated_linear_attention.default
+by_truth(_library, GATED_LINEAR_ATTENTION, with_gradients)
 TRUTHS: dict[Any, Callable[..., Any]] = {GATED_LINEAR_ATTENTION: chunk}
 """The op in ATen, for engines that do not know it: the form that loops over no tokens."""

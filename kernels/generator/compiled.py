@@ -53,7 +53,7 @@ def compiled(spec: KernelSpec, where: str) -> Compiled:
     """
     t = target(where)
     _check_shared(spec.least_shared(), spec, t)
-    name = store.key("compiled", source(spec), t.name, str(spec.team), str(spec.depth))
+    name = store.key("compiled", source(spec), t.name, *map(str, spec.options(t.backend == "cuda").values()))
     file = store.kept(name, ".json", lambda: json.dumps(_compile(spec, t)))
     registers, spills, shared = json.loads(store.read(file) or "")
     _check_shared(shared, spec, t)
@@ -95,8 +95,7 @@ def machine_code(spec: KernelSpec, where: str) -> Any:
     signature = {name: types[kind] for name, kind in told}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(told) if kind in ("given", "mask", "float") or _a_row(name)}
     made = ASTSource(kernel(spec), signature, spec.constants(), aligned)
-    options = {"num_warps": spec.team, "num_stages": spec.depth}
-    return triton.compile(made, target=GPUTarget(t.backend, t.arch, t.warp), options=options)
+    return triton.compile(made, target=GPUTarget(t.backend, t.arch, t.warp), options=spec.options(t.backend == "cuda"))
 
 
 def _a_row(name: str) -> bool:

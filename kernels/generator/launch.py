@@ -37,7 +37,7 @@ def launch(
             strides += pointers[-1].stride()[: len(PLACE)]
     told = [numbers[name] for name in (*spec.sizes(), *spec.numbers())]
     told += [extras[number] for name in spec.epilogues for number in EPILOGUES[name].numbers]
-    kernel(spec)[tuple(grid)](*pointers, *strides, *told, **constants, num_warps=spec.team, num_stages=spec.depth)
+    kernel(spec)[tuple(grid)](*pointers, *strides, *told, **constants, **spec.options(torch.version.hip is None))
 
 
 def broadcast(spec: KernelSpec, extras: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:

@@ -67,6 +67,10 @@ def _attend(spec: Any, n: Mapping[str, Any]) -> Any:
     elif spec.mask == "added":
         more["mask"] = torch.randn(1, heads, rows, keys).to(q.dtype)
         more["mask"][..., -1] = float("-inf")
+    elif spec.mask == "blocks":
+        tiles, blocks = -(-rows // spec.tile[0]), -(-keys // spec.tile[1])
+        more["listed"] = torch.rand(batch, heads, tiles, blocks).argsort(-1)
+        more["counts"] = torch.randint(0, blocks + 1, (batch, heads, tiles))
     return (q, k, v), more, (batch, heads, rows, spec.value_width)
 
 

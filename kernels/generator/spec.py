@@ -38,6 +38,8 @@ class KernelSpec(ABC):
     """Fields that make a program smaller."""
     ends: ClassVar[bool] = True
     """Whether it stores one tile of results `out`, which epilogues can change."""
+    registers: ClassVar[int] = 0
+    """How many of them NVIDIA's assembler may give a thread, where it would rather spill a few than run fewer programs (0: its choice)."""
 
     dtype: str = "bfloat16"
     epilogues: tuple[str, ...] = ()
@@ -67,6 +69,11 @@ class KernelSpec(ABC):
     def depth(self) -> int:
         """Stages of a program."""
         return self.stages or 2
+
+    def options(self, nvidia: bool) -> dict[str, int]:
+        """What Triton is told when it compiles."""
+        more = {"maxnreg": self.registers} if nvidia and self.registers else {}
+        return {"num_warps": self.team, "num_stages": self.depth, **more}
 
     @property
     def itemsize(self) -> int:

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import OUT, TILE, Operand
+from dyncc.kernels.generator.kinds.attend_blocks import listed_mask
 from dyncc.kernels.generator.kinds.attend_lines import lines
 from dyncc.kernels.generator.kinds.head_base import HeadKernel, check_widths
 from dyncc.kernels.generator.launch import blocks, broadcast, ended, launch, side_by_side
 from dyncc.kernels.generator.spec import check
 
-MASKS = ("none", "bool", "added")
-HEADS, GROUPS, TOKENS = 32, 8, 4096
-"""What figures are told for: one sequence of so many tokens and heads."""
+MASKS = ("none", "bool", "added", "blocks")
+HEADS, GROUPS, TOKENS, LISTED = 32, 8, 4096, 16
+"""What figures are told for: one sequence of so many tokens and heads, and blocks that a tile of rows reads where they are listed."""
 
 
 @dataclass(frozen=True)
 class Attend(HeadKernel):
     """Attention of [B, H, Tq, width] queries over [B, G, Tk, width] keys, as `dyncc::attend` means it.
 
-    `wide` is the width of values (0: that of keys). `rows` and `keys` are the tile sizes of one program (0: chosen).
-    `packed`: sequences of different lengths lie behind each other in one, each attends to itself.
+    `wide` is the width of values (0: that of keys). `rows` and `keys` are the tile sizes of one program (0: chosen). With the mask "blocks"
+    each tile of rows reads the blocks of `keys` keys that a list names. `packed`: sequences of different lengths lie behind each other in
+    one, each attends to itself.
     """
 
     entry: ClassVar[str] = "attend"
@@ -54,16 +56,24 @@ class Attend(HeadKernel):
         """Query rows and keys that a program works on at once: fewer where heads are wide, so that registers suffice."""
         heavy = max(self.lanes) * (4 if self.exact else 1)
         rows, keys = (64, 64) if heavy <= 64 else (64, 32) if heavy <= 128 else (32, 32) if heavy <= 256 else (16, 16)
+        keys = min(keys, 32) if self._loads and self.epilogues else keys  # what both load lies beside the logits
         return self.rows or rows, self.keys or keys
 
     @property
     def team(self) -> int:
         """More warps where a tile of results, or of a mask beside it, is large."""
-        return self.warps or (8 if max(self.lanes) >= 128 or self.mask != "none" else 4)
+        return self.warps or (8 if max(self.lanes) >= 128 or self._loads else 4)
+
+    @property
+    def _loads(self) -> bool:
+        """Whether there is a mask of every row and key."""
+        return self.mask in ("bool", "added")
 
     def operands(self) -> tuple[Operand, ...]:
         found = [*(Operand(name, TILE) for name in "qkv"), OUT]
-        found += [Operand("mask", (*TILE, "key"), "mask" if self.mask == "bool" else "given")] if self.mask != "none" else []
+        found += [Operand("mask", (*TILE, "key"), "mask" if self.mask == "bool" else "given")] if self._loads else []
+        listed = (Operand("listed", ("batch", "head", "tile"), "index"), Operand("counts", ("batch", "head"), "index"))
+        found += listed if self.mask == "blocks" else ()
         found += [Operand("sinks")] if self.sinks else []
         return (*found, *([Operand("starts", (), "index")] if self.packed else []))
 
@@ -89,8 +99,10 @@ class Attend(HeadKernel):
         if self.causal:
             span = min(self.window or TOKENS, TOKENS)
             seen = span * (span + 1) // 2 + (TOKENS - span) * span
+        seen = min(seen, TOKENS * LISTED * self.tile[1]) if self.mask == "blocks" else seen
         channels = (HEADS + GROUPS) * (self.width + self.value_width) + HEADS * self.value_width * len(self.epilogues)
-        mask = TOKENS * TOKENS * {"none": 0, "bool": 1, "added": self.itemsize}[self.mask]
+        listed = HEADS * TOKENS // self.tile[0] * (LISTED + 1) * 8
+        mask = {"none": 0, "bool": TOKENS * TOKENS, "added": TOKENS * TOKENS * self.itemsize, "blocks": listed}[self.mask]
         return 2 * HEADS * seen * (self.width + self.value_width), TOKENS * channels * self.itemsize + mask
 
     def body(self, ending: list[str]) -> list[str]:
@@ -102,6 +114,7 @@ class Attend(HeadKernel):
         Args:
             given: q [B, H, Tq, width], k [B, G, Tk, width], v [B, G, Tk, wide].
             more: `mask` broadcastable to [B, H, Tq, Tk], of the spec's kind; `sinks` [H]; `scale`; `out`; what the epilogues read.
+                Blocks: `listed` [B or 1, H or 1, tiles, slots] and `counts` [B or 1, H or 1, tiles], as `listed_mask` takes them.
                 Packed sequences: all with B = 1, `starts` [S + 1] of int64, where each begins and the last ends; `longest`, at least
                 the tokens of the longest.
         """
@@ -113,13 +126,16 @@ class Attend(HeadKernel):
 
 def _run(
     spec: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
-    out: Tensor | None = None, starts: Tensor | None = None, longest: int = 0, **extras: Any,
+    out: Tensor | None = None, starts: Tensor | None = None, longest: int = 0, listed: Tensor | None = None, counts: Tensor | None = None,
+    **extras: Any,
 ) -> Tensor:  # fmt: skip
     batch, heads, rows, width = q.shape
     shape = (batch, heads, rows, spec.value_width)
     out = q.new_empty(shape) if out is None else out
     given = {"q": side_by_side(q), "k": side_by_side(k), "v": side_by_side(v), "out": out, "sinks": sinks, "starts": starts}
     given["mask"] = None if mask is None else mask.expand(batch, heads, rows, k.shape[2])
+    given |= {"listed": None if listed is None else side_by_side(listed).expand(batch, heads, -1, -1)}
+    given |= {"counts": None if counts is None else side_by_side(counts).expand(batch, heads, -1)}
     numbers = {"rows": rows, "keys": k.shape[2], "scale": width**-0.5 if scale is None else scale}
     sequences, rows = (batch, rows) if starts is None else (starts.shape[0] - 1, longest)
     grid = (blocks(rows, spec.tile[0]), sequences * heads)
@@ -129,12 +145,15 @@ def _run(
 
 def _truth(
     spec: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
-    out: Tensor | None = None, starts: Tensor | None = None, longest: int = 0, **extras: Any,
+    out: Tensor | None = None, starts: Tensor | None = None, longest: int = 0, listed: Tensor | None = None, counts: Tensor | None = None,
+    **extras: Any,
 ) -> Tensor:  # fmt: skip
     from dyncc.kernels.fused_attention.truth import attend
 
     more: dict[str, Any] = {"scale": scale, "cap": spec.cap, "window": spec.window}
     more["sinks"] = None if sinks is None else sinks.view(1, -1, 1, 1).float()
+    if listed is not None and counts is not None:
+        mask = listed_mask(listed, counts, spec.tile, q.shape[2], k.shape[2])
     mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
     edges = [0, q.shape[2]] if starts is None else starts.tolist()
     parts = [slice(*edge) for edge in itertools.pairwise(edges)] if spec.packed else [slice(None)]

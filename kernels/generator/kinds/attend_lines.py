@@ -26,10 +26,13 @@ def _setup(spec: Attend) -> list[str]:
         *(_packed(spec) if spec.packed else []),
         *tile(spec.lanes[1]),
         *query_tile(spec.width, spec.lanes[0]),
-        f"first, last = {_span(spec)}",
+        *([f"first, last = {_span(spec)}"] if spec.mask != "blocks" else []),
         *(f"{name}_at = {name} + batch * {name}_batch + group * {name}_head{_from(spec, name + '_row')}" for name in ("k", "v")),
     ]
-    if spec.mask != "none":
+    if spec.mask == "blocks":
+        lines.append("listed_at = listed + batch * listed_batch + head * listed_head + block * listed_tile")
+        lines.append("count = tl.load(counts + batch * counts_batch + head * counts_head + block)")
+    elif spec.mask != "none":
         lines.append(f"mask_at = mask + batch * mask_batch + head * mask_head + here * mask_row{_from(spec, 'mask_key')}")
     return lines
 
@@ -53,7 +56,7 @@ def _span(spec: Attend) -> str:
 
 
 def _from(spec: Attend, stride: str) -> str:
-    return f" + first.to(tl.int64) * {stride}" if spec.window else ""
+    return f" + first.to(tl.int64) * {stride}" if spec.window and spec.mask != "blocks" else ""
 
 
 def _start(spec: Attend) -> list[str]:
@@ -66,21 +69,22 @@ def _start(spec: Attend) -> list[str]:
 
 
 def _loop(spec: Attend) -> list[str]:
+    k, v = ("k_from", "v_from") if spec.mask == "blocks" else ("k_at", "v_at")
     inner = [
-        "key = start + hop",
-        "k_tile = tl.load(k_at + hop[None, :] * k_row + channel[:, None], mask=(key < keys)[None, :] & filled[:, None], other=0.0)",
+        f"k_tile = tl.load({k} + hop[None, :] * k_row + channel[:, None], mask=(key < keys)[None, :] & filled[:, None], other=0.0)",
         f"logits = tl.dot(q_tile, k_tile{spec.precision}) * scale",
         *_capped(spec),
         f"seen = {_seen(spec)}",
         *_masked(spec),
         'logits = tl.where(seen, logits, -float("inf"))',
-        "v_tile = tl.load(v_at + hop[:, None] * v_row + lane[None, :], mask=(key < keys)[:, None] & (lane < WIDTH)[None, :], other=0.0)",
+        f"v_tile = tl.load({v} + hop[:, None] * v_row + lane[None, :], mask=(key < keys)[:, None] & (lane < WIDTH)[None, :], other=0.0)",
         *softmax_step(spec.precision),
-        "k_at += KEYS * k_row",
-        "v_at += KEYS * v_row",
-        *(["mask_at += KEYS * mask_key"] if spec.mask != "none" else []),
     ]
-    return ["for start in range(first, last, KEYS):", *(f"    {line}" for line in inner)]
+    if spec.mask == "blocks":
+        start = ["start = tl.load(listed_at + turn) * KEYS", *(f"{x}_from = {x}_at + start * {x}_row" for x in "kv")]
+        return ["for turn in range(0, count):", *(f"    {line}" for line in (*start, "key = start.to(tl.int32) + hop", *inner))]
+    moved = [f"{x}_at += KEYS * {x}_{'key' if x == 'mask' else 'row'}" for x in ("k", "v", *(["mask"] if spec.mask != "none" else []))]
+    return ["for start in range(first, last, KEYS):", *(f"    {line}" for line in ("key = start + hop", *inner, *moved))]
 
 
 def _capped(spec: Attend) -> list[str]:
@@ -96,7 +100,7 @@ def _seen(spec: Attend) -> str:
 
 
 def _masked(spec: Attend) -> list[str]:
-    if spec.mask == "none":
+    if spec.mask in ("none", "blocks"):
         return []
     told = "tl.load(mask_at + step[:, None] * mask_row + hop[None, :] * mask_key, mask=within, other=0)"
     use = f"seen = seen & ({told} != 0)" if spec.mask == "bool" else f"logits = logits + {told}.to(tl.float32)"

@@ -1,4 +1,4 @@
-"""How pairs of tokens inside a chunk decay.
+"""How pairs of tokens inside a chunk decay, and what tokens write by the delta rule.
 
 Decays are only ever multiplied up from a boundary outwards, as in `gated_linear_attention/chunks.py`: no factor exceeds 1, nothing
 overflows, and -inf is a decay as any. With one decay a head, what row i keeps of row j is summed for each pair; with one a channel, a block
@@ -20,13 +20,18 @@ def _no_decay(spec: LinearChunk) -> list[str]:
     return [f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){spec.precision}))", "across = 1.0"]
 
 
-def _of_heads(spec: LinearChunk) -> list[str]:
-    """Sums from behind row j up to row i, for each pair: none is a difference."""
+def sums_of_heads(spec: LinearChunk) -> list[str]:
+    """Sums from behind row j up to row i, for each pair, and those over whole rows: none is a difference."""
     return [
         "fell = tl.load(decay_at + place * decay_row, mask=at < rows, other=0.0)",
         "apart = tl.cumsum(tl.where(after, fell[:, None], 0.0), axis=0)",
-        f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){spec.precision}) * tl.exp(apart))",
         "since, left = tl.cumsum(fell, axis=0), tl.sum(tl.where(after, fell[:, None], 0.0), axis=0)",
+    ] if spec.decay == "head" else []  # fmt: skip
+
+
+def _of_heads(spec: LinearChunk) -> list[str]:
+    return [
+        f"weights = tl.where(behind, 0.0, tl.dot(q_tile, tl.trans(k_tile){spec.precision}) * tl.exp(apart))",
         "q_tile = (q_tile * tl.exp(since)[:, None]).to(v_tile.dtype)",
         "k_tile = (k_tile * tl.exp(left)[:, None]).to(v_tile.dtype)",
         "across = tl.exp(tl.sum(fell, axis=0))",
@@ -38,7 +43,7 @@ def _of_channels(spec: LinearChunk) -> list[str]:
 
     Weights are summed a few channels at a time, which keeps few numbers alive.
     """
-    some = min(PIECE, spec.lanes[0])
+    some = min(16 if spec.exact else PIECE, spec.lanes[0])
     inner = [
         f"piece = part + tl.arange(0, {some})",
         f"some = (at < rows)[:, None] & (piece < {spec.width})[None, :]",
@@ -63,6 +68,23 @@ def _of_channels(spec: LinearChunk) -> list[str]:
         "since, left = tl.cumsum(fell, axis=0), tl.cumsum(tl.where((step == ROWS - 1)[:, None], 0.0, comes), axis=0, reverse=True)",
         "q_tile, k_tile = (q_tile * tl.exp(since)).to(v_tile.dtype), (k_tile * tl.exp(left)).to(v_tile.dtype)",
         "across = tl.exp(tl.sum(fell, axis=0))[:, None]",
+    ]
+
+
+def written(spec: LinearChunk) -> list[str]:
+    """What tokens write by the delta rule, in place of their values: u of (1 + system) u = beta (v - k S), solved row by row in fp32."""
+    apart, since = (" * tl.exp(apart)", " * tl.exp(since)[:, None]") if spec.decay == "head" else ("", "")
+    return [
+        "beta_tile = tl.load(beta_at + place * beta_row, mask=at < rows, other=0.0)[:, None]",
+        f"system = tl.where(after, beta_tile * tl.dot(k_tile, tl.trans(k_tile){spec.precision}){apart}, 0.0)",
+        "solved = tl.where(step[:, None] == step[None, :], 1.0, 0.0)",
+        "for row in range(1, tl.minimum(ROWS, rows - start)):",
+        "    now = step[:, None] == row",
+        "    earlier = tl.sum(tl.where(now, system, 0.0), axis=0)[:, None] * solved",
+        "    solved = tl.where(now, solved - tl.sum(earlier, axis=0)[None, :], solved)",
+        f"known = tl.dot((k_tile{since}).to(v_tile.dtype), held.to(v_tile.dtype){spec.precision})",
+        "wrong = (beta_tile * (v_tile - known)).to(v_tile.dtype)",
+        f"v_tile = tl.dot(solved.to(v_tile.dtype), wrong{spec.precision}).to(v_tile.dtype)",
     ]
 
 

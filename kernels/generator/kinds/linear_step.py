@@ -38,8 +38,7 @@ class LinearStep(HeadKernel):
     started: bool = True
 
     def __post_init__(self) -> None:
-        check_state(self.width, self.wide, self.decay)
-        check(self.rule in RULES, "rule", self.rule, f"choose one of {', '.join(RULES)}")
+        check_state(self)
         super().__post_init__()
 
     @property
@@ -48,10 +47,10 @@ class LinearStep(HeadKernel):
         return self.warps or max(1, min(16, self.lanes[0] * self.lanes[1] // 2048))
 
     def operands(self) -> tuple[Operand, ...]:
-        return recurrent_operands(self.decay, self.rule == "delta", self.started)
+        return recurrent_operands(self)
 
     def told(self) -> list[str]:
-        return [f"decay_{self.decay}", *(["delta"] if self.rule == "delta" else []), *(["started"] if self.started else [])]
+        return recurrent_told(self)
 
     def work(self) -> tuple[int, int]:
         """One token of 32 heads."""
@@ -68,7 +67,7 @@ class LinearStep(HeadKernel):
             "channel": ["held = held * tl.exp(tl.load(decay_at + channel, mask=filled, other=0.0))[:, None]"],
         }
         wrong = ["v_tile = tl.load(beta_at) * (v_tile - tl.sum(held * k_tile[:, None], axis=0))"]
-        rows = [*"qkv", *(["decay"] if self.decay != "none" else []), *(["beta"] if self.rule == "delta" else [])]
+        rows = recurrent_rows(self)
         inner = [
             "q_tile = tl.load(q_at + channel, mask=filled, other=0.0).to(tl.float32)",
             "k_tile = tl.load(k_at + channel, mask=filled, other=0.0).to(tl.float32)",
@@ -109,17 +108,26 @@ class LinearStep(HeadKernel):
         return recurrent_truth(self, given, more)
 
 
-def check_state(width: int, wide: int, decay: str) -> None:
-    check(0 < width <= WIDEST_STATE, "width", width, f"a state has 1 to {WIDEST_STATE} channels of keys")
-    check(0 <= wide <= WIDEST_STATE, "wide", wide, f"a state has 1 to {WIDEST_STATE} channels of values, or 0 for as many as of keys")
-    check(decay in DECAYS, "decay", decay, f"choose one of {', '.join(DECAYS)}")
+def check_state(spec: Any) -> None:
+    check(0 < spec.width <= WIDEST_STATE, "width", spec.width, f"a state has 1 to {WIDEST_STATE} channels of keys")
+    wide = f"a state has 1 to {WIDEST_STATE} channels of values, or 0 for as many as of keys"
+    check(0 <= spec.wide <= WIDEST_STATE, "wide", spec.wide, wide)
+    check(spec.decay in DECAYS, "decay", spec.decay, f"choose one of {', '.join(DECAYS)}")
+    check(spec.rule in RULES, "rule", spec.rule, f"choose one of {', '.join(RULES)}")
 
 
-def recurrent_operands(decay: str, delta: bool, started: bool) -> tuple[Operand, ...]:
-    told = [Operand(name, TILE) for name in "qkv"]
-    told += [Operand("decay", TILE, "float")] if decay != "none" else []
-    told += [Operand("beta", TILE, "float")] if delta else []
-    told += [Operand("state", (), "float")] if started else []
+def recurrent_rows(spec: Any) -> list[str]:
+    """The operands that have a row a token."""
+    return [*"qkv", *(["decay"] if spec.decay != "none" else []), *(["beta"] if spec.rule == "delta" else [])]
+
+
+def recurrent_told(spec: Any) -> list[str]:
+    return [f"decay_{spec.decay}", *(["delta"] if spec.rule == "delta" else []), *(["started"] if spec.started else [])]
+
+
+def recurrent_operands(spec: Any) -> tuple[Operand, ...]:
+    told = [Operand(name, TILE, "given" if name in "qkv" else "float") for name in recurrent_rows(spec)]
+    told += [Operand("state", (), "float")] if spec.started else []
     return (*told, Operand("last", (), "float"), OUT)
 
 
