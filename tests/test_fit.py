@@ -130,6 +130,21 @@ def test_one_class_alone_gives_a_probe_that_says_so() -> None:
 
 
 @torch.no_grad()
+def test_a_map_for_a_class_token_is_fitted_on_that_row_alone(tmp_path: Path) -> None:
+    tiny = Tiny(kind="encoder", returns="first")
+    model, calls = tiny.build(), data(tiny, count=16)
+    kept: list[list[Tensor]] = [[], []]
+    for layer, to in zip((1, -1), kept, strict=True):
+        model.blocks[layer].register_forward_hook(lambda m, a, o, to=to: to.append(o[0][:, 0]))
+    [model(*call) for call in calls]
+    dyncc.fit(tiny.build(), data=calls, plan="exits{layers=1}", output=tmp_path)
+    weight, bias = numpy_ridge(*(torch.cat(rows) for rows in kept), 0.001)
+    found = load_fitted(tmp_path)
+    np.testing.assert_allclose(found.take("exit.1.map.weight").numpy().T, weight, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.take("exit.1.map.bias").numpy(), bias, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_probe_reads_the_row_that_the_head_reads(tmp_path: Path) -> None:
     tiny = Tiny(kind="decoder", returns="last")
     model, calls = tiny.build(), data(tiny, count=12, padded=False)

@@ -1,5 +1,8 @@
 """Exit maps: h_L ~ W h_l + b by ridge, so that the model's own norm and head can read the state behind an earlier layer.
 
+A head that reads the first row alone reads a class token, which is unlike the others: its map is fitted on that row. Any other head reads
+rows that are like each other, and all of them are fitted on.
+
 The probe of CALM (Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022) is sigmoid(w h_l + b) ~ P(the head behind the map
 chooses what it chooses behind the last layer): logistic, on rows that are looked at a second time, once the maps are known.
 """
@@ -29,9 +32,13 @@ class ExitsFitter:
 
     def add(self, known: dict[fx.Node, Any], values: Mapping[fx.Node, Tensor], real: Tensor | None) -> None:
         """The states of one batch."""
-        last = self.subject.rows(values[self.watch[-1]], real)
+        last = self._rows(values[self.watch[-1]], real)
         for layer, node in zip(self.layers, self.watch[:-1], strict=True):
-            self.moments[str(layer)].add(self.subject.rows(values[node], real), last)
+            self.moments[str(layer)].add(self._rows(values[node], real), last)
+
+    def _rows(self, state: Tensor, real: Tensor | None) -> Tensor:
+        """The rows [N, D] of a state [B, T, D] that a map is fitted on."""
+        return state[:, 0] if self.subject.at == 0 else self.subject.rows(state, real)
 
     def state(self) -> dict[str, Tensor]:
         return tensors_of(self.moments)
