@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from dyncc.analysis.axes import Axes, Dim, size_expr
-from dyncc.ir import ancestors, descendants, is_effect, is_tensor, operands, output_node, refresh, shape, val
+from dyncc.analysis.axes import Axes, Dim, Read, size_expr
+from dyncc.ir import ancestors, descendants, emit, is_effect, is_tensor, operands, output_node, refresh, replace_operands, shape, val
 from dyncc.restrict import IT, Refusal, resize, where
 
 
@@ -77,6 +78,7 @@ class Rows:
             Refusal: it has sizes that do not follow.
         """
         self._check_apart(original)
+        self._count_anew(copy, original, rows)
         dims = self.axes.dims(original)
         short = [i for i, d in enumerate(dims) if _holds(d, self.batch)]
         resize(copy, dims, short, self.batch, rows, None)
@@ -89,6 +91,21 @@ class Rows:
         if is_tensor(original) and [size_expr(s) for s in expected] != [size_expr(s) for s in found]:
             raise Refusal(f"{where(original)} does not run on {rows} rows of the batch alone")
 
+    def _is_counted(self, node: fx.Node, read: Read) -> bool:
+        """Whether row b of a result reads row b of the batch, as x[arange(B), last] does."""
+        return read.counted is not None and bool(self.batch) and self.axes.dims(operands(node)[read.slot])[read.dim] == self.batch
+
+    def _count_anew(self, copy: fx.Node, original: fx.Node, rows: int) -> None:
+        """Rows that were gathered are read from 0 on, wherever they stood in the batch."""
+        op = self.axes.ops.get(original)
+        for read in op.reads if op is not None else ():
+            if self._is_counted(original, read) and read.counted is not None:
+                slots = operands(copy)
+                rank, at = len(shape(slots[read.counted])), self.axes.places(operands(original)[read.counted], self.batch)[0]
+                sizes = [rows if i == at else 1 for i in range(rank)]
+                index = emit(copy, lambda x, sizes=sizes: torch.arange(rows, device=x.device).view(sizes), slots[read.slot])
+                replace_operands(copy, {read.counted: index})
+
     def _check_apart(self, node: fx.Node) -> None:
         """Whether every row of a node's result follows from that row of its operands."""
         slots, op = operands(node), self.axes.ops.get(node)
@@ -96,7 +113,7 @@ class Rows:
             return
         if not op.known:
             raise Refusal(f"{where(node)} has no axis rule, so the batch cannot be followed through it")
-        read = [(slots[r.slot], r.dim, r.why) for r in op.reads]
+        read = [(slots[r.slot], r.dim, r.why) for r in op.reads if not self._is_counted(node, r)]
         read += [(slots[s], d, "sums over it") for c in op.contracts for s, d in ((c.slot, c.dim), (c.other, c.other_dim))]
         for source, dim, why in read:
             dims = self.axes.dims(source)

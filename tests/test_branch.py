@@ -28,6 +28,13 @@ def layers(x: Tensor, bias: Tensor, weight: Tensor, live: Tensor) -> tuple[Tenso
     return inner.relu(), inner.amax(1), live.logical_not()
 
 
+def picked(x: Tensor, bias: Tensor, weight: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same region with one row of each sequence, read by index as classifiers do."""
+    inner = F.linear(x.tanh(), weight)
+    row = inner[torch.arange(B), bias.argmax(1)]
+    return inner.relu(), row.unsqueeze(1).amax(1), live.logical_not()
+
+
 def example(seed: int = 0) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=draw) for s in ((B, T, C), (B, T), (C, C))]
@@ -46,8 +53,8 @@ def built(realise: Any, buckets: tuple[int, ...] = (), function: Callable[..., A
     return captured
 
 
-def expected(x: Tensor, bias: Tensor, weight: Tensor, live: Tensor) -> list[Tensor]:
-    rows, best, _ = layers(x, bias, weight, live)
+def expected(x: Tensor, bias: Tensor, weight: Tensor, live: Tensor, function: Callable[..., Any] = layers) -> list[Tensor]:
+    rows, best, _ = function(x, bias, weight, live)
     start = x.tanh()
     return [torch.where(live[:, None, None], rows, start), torch.where(live[:, None], best, start.sum(1))]
 
@@ -56,12 +63,13 @@ ROWS = [[i in kept for i in range(B)] for kept in ((), (0,), (5,), (1, 4), (0, 2
 
 
 @pytest.mark.parametrize(("realise", "buckets"), [("select", ()), ("cond", ()), ("compact", ()), ("compact", (1, 2, 4)), ("compact", (3,))])
-def test_realisations_agree(realise: str, buckets: tuple[int, ...]) -> None:
-    made = built(realise, buckets)
+@pytest.mark.parametrize("function", [layers, picked])
+def test_realisations_agree(realise: str, buckets: tuple[int, ...], function: Callable[..., Any]) -> None:
+    made = built(realise, buckets, function)
     for number, live in enumerate(ROWS):
         values = [*example(number), torch.tensor(live)]
         found = made.module(*values)
-        for a, b in zip(expected(*values), found, strict=False):
+        for a, b in zip(expected(*values, function), found, strict=False):
             torch.testing.assert_close(b, a)
 
 
@@ -107,3 +115,13 @@ def test_a_sum_over_the_batch_is_refused() -> None:
 
     with pytest.raises(Refusal, match=r"mean .* mixes the rows of the batch"):
         built("compact", (2,), mixed)
+
+
+def test_rows_of_the_batch_read_out_of_order_are_refused() -> None:
+    def turned(x: Tensor, bias: Tensor, weight: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inner = F.linear(x.tanh(), weight)
+        row = inner[torch.arange(B).flip(0), bias.argmax(1)]
+        return inner.relu(), row.unsqueeze(1).amax(1), live.logical_not()
+
+    with pytest.raises(Refusal, match=r"index .* mixes the rows of the batch \(reads positions along the batch\)"):
+        built("compact", (2,), turned)

@@ -15,6 +15,7 @@ from dyncc.errors import DynccUsageError
 
 ENCODER = Tiny(layers=4)
 DECODER = Tiny(kind="decoder", returns="last", layers=4)
+PICKED = ENCODER.with_(returns="picked")
 SCORES = ("max-prob", "margin", "entropy", "saturation")
 REALISE = ("select", "cond", "compact")
 
@@ -88,7 +89,7 @@ def by_hand(tiny: Tiny, values: Any, layers: tuple[int, ...], score: str, thresh
 @pytest.mark.parametrize("score", mostly_full(["max-prob", "margin", "entropy"], ("margin",)))
 def test_each_row_decides_for_itself(realise: str, batch: int, score: str) -> None:
     with torch.no_grad():
-        for tiny, padded in ((ENCODER, True), (DECODER, False)):
+        for tiny, padded in ((ENCODER, True), (DECODER, False), (PICKED, True)):
             values = inputs(tiny, batch, padded=padded)
             threshold = spread(tiny.build(), values, score)
             made = optimized(tiny.build(), values, f"layers=1,2 score={score} threshold={threshold} realise={realise} buckets=1,2,5")
@@ -184,15 +185,16 @@ def fitted(model: nn.Module, path: Any, layers: tuple[int, ...], **more: torch.T
 
 @pytest.mark.parametrize("engine", ["reference", pytest.param("onnxruntime", marks=pytest.mark.full)])
 def test_maps_and_probes_come_from_a_file(tmp_path: Path, engine: str) -> None:
-    for tiny in (ENCODER, DECODER):
+    for tiny in (ENCODER, DECODER, PICKED):
         model, values = tiny.build(), inputs(tiny, 8)
-        file, given = fitted(model, tmp_path / f"{tiny.kind}.safetensors", (1,))
+        file, given = fitted(model, tmp_path / f"{tiny.returns}.safetensors", (1,))
         states = []
         hook = model.blocks[1].register_forward_hook(lambda module, args, result, states=states: states.append(result[0]))
         with torch.no_grad():
             dense = model(*values)
             hook.remove()
-            row = states[0][:, 0 if tiny.kind == "encoder" else -1]
+            read = {"first": 0, "last": -1, "picked": values[0].argmax(1)}[tiny.returns]
+            row = states[0][torch.arange(8), read]
             early = model.head(model.norm(row @ given["exit.1.map.weight"].T + given["exit.1.map.bias"]))
             sure = torch.sigmoid(row @ given["exit.1.probe.weight"][0] + given["exit.1.probe.bias"])
             threshold = float(sure.sort().values[3:5].mean())

@@ -145,16 +145,19 @@ def test_a_map_for_a_class_token_is_fitted_on_that_row_alone(tmp_path: Path) -> 
 
 
 @torch.no_grad()
-def test_a_probe_reads_the_row_that_the_head_reads(tmp_path: Path) -> None:
-    tiny = Tiny(kind="decoder", returns="last")
+@pytest.mark.parametrize("returns", ["last", pytest.param("picked", marks=pytest.mark.full)])
+def test_a_probe_reads_the_row_that_the_head_reads(returns: str, tmp_path: Path) -> None:
+    tiny = Tiny(kind="decoder", returns=returns)
     model, calls = tiny.build(), data(tiny, count=12, padded=False)
-    model.tokens.weight.mul_(8)  # so that answers differ from row to row
+    model.tokens.weight.mul_({"last": 8, "picked": 1}[returns])  # so that answers differ from row to row
     dyncc.fit(model, data=calls, plan="exits{layers=0 probe=true}", output=tmp_path)
     found, kept = load_fitted(tmp_path), list[Tensor]()
-    hooks = [model.blocks[i].register_forward_hook(lambda m, a, o: kept.append(o[0][:, -1])) for i in (0, tiny.layers - 1)]
+    hooks = [model.blocks[i].register_forward_hook(lambda m, a, o: kept.append(o[0])) for i in (0, tiny.layers - 1)]
     answers = torch.cat([model(*call).argmax(-1) for call in calls])
     [hook.remove() for hook in hooks]
-    rows = torch.cat(kept[::2])
+    ids = torch.cat([call[0] for call in calls])
+    read = ids.argmax(1) if returns == "picked" else torch.full((len(ids),), -1)
+    rows = torch.cat(kept[::2])[torch.arange(len(ids)), read]
     mapped = nn.functional.linear(rows, found.take("exit.0.map.weight"), found.take("exit.0.map.bias"))
     agrees = model.head(model.norm(mapped)).argmax(-1) == answers
     weight, bias = logistic(rows, agrees)

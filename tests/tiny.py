@@ -16,8 +16,9 @@ LONGEST = 64
 
 @dataclass(frozen=True)
 class Tiny:
-    """What a tiny transformer looks like. `kind` encoder or decoder; `returns` "first", "last" or "all" rows of the output; `norm` and
-    `positions` by name; `fused` attention is one SDPA call; `causal` "flag" or "mask" says how a decoder hides the future."""
+    """What a tiny transformer looks like. `kind` encoder or decoder; `returns` "first", "last" or "all" rows of the output, or those
+    "picked" at the greatest id; `norm` and `positions` by name; `fused` attention is one SDPA call; `causal` "flag" or "mask" says how a
+    decoder hides the future."""
 
     kind: str = "encoder"
     returns: str = "first"
@@ -124,6 +125,8 @@ class TinyModel(nn.Module):
         for i, block in enumerate(self.blocks):
             x, k, v = block(x, turn, mask, past[2 * i : 2 * i + 2] if past else None)
             cache += [k, v]
+        if tiny.returns == "picked":
+            x = x[torch.arange(x.shape[0]), ids.argmax(1)]
         x = x[:, 0] if tiny.returns == "first" else x[:, -1] if tiny.returns == "last" else x
         logits = self.head(self.norm(x))
         return (logits, *cache) if tiny.keys else logits

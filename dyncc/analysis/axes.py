@@ -51,11 +51,13 @@ class Contract:
 
 @dataclass(frozen=True)
 class Read:
-    """The op reads positions along (or reduces over, `why` says which) an operand's dimension."""
+    """The op reads positions along (or reduces over, `why` says which) an operand's dimension. `counted` is the slot of an index that holds
+    0, 1, 2, ... along it, so that row b of the result reads row b of the operand."""
 
     slot: int
     dim: int
     why: str
+    counted: int | None = None
 
 
 @dataclass

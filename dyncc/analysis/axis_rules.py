@@ -270,12 +270,14 @@ def index(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     for slot in range(1, len(slots)):
         sizes = shape(slots[slot])
         links += [Link(used[0] + width - len(sizes) + j, slot, j) for j, s in enumerate(sizes) if not _is_one(s)]
-    same = []
+    same, reads = [], []
     for slot, dim in zip(range(1, len(slots)), used, strict=True):
         wide = [j for j, s in enumerate(shape(slots[slot])) if not _is_one(s)]
-        if len(wide) == 1 and counts_up(slots[slot], own[dim]):
+        counted = len(wide) == 1 and counts_up(slots[slot], own[dim])
+        reads.append(Read(0, dim, "reads positions along it", slot if counted else None))
+        if counted:
             same.append(Contract(0, dim, slot, wide[0]))
-    return OpAxes(links=links, reads=[Read(0, i, "reads positions along it") for i in used], same=same)
+    return OpAxes(links=links, reads=reads, same=same)
 
 
 def counts_up(node: fx.Node, size: Any) -> bool:

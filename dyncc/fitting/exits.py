@@ -62,8 +62,7 @@ class ExitsFitter:
             weight, bias = self.maps[layer]
             mapped = self._choice(known, F.linear(state, weight.to(state), bias.to(state)))
             plain = self._choice(known, state)
-            one = state.mean(1) if subject.at is None else state[:, subject.at]
-            features = subject.rows(state, real) if final.dim() == 2 else one
+            features = subject.rows(state, real) if final.dim() == 2 else subject.row(known, state)
             picked = real if real is not None and final.shape == real.shape else torch.ones_like(final, dtype=torch.bool)
             if final.dim() == 2 and final.shape != state.shape[:2]:
                 features = state[:, -final.shape[1] :].flatten(0, 1)  # the head reads the last rows alone

@@ -16,7 +16,7 @@ from dyncc.errors import BadCalibration, InputMismatch
 from dyncc.fitting.calibration import Batch
 from dyncc.fitting.replay import replay
 from dyncc.ir import Program, descendants, is_tensor, outputs, shape, val
-from dyncc.passes.exit_heads import find_head
+from dyncc.passes.exit_heads import At, find_head
 from dyncc.passes.padding import padding_input, real_rows
 from dyncc.passes.reads import output_reads
 from dyncc.restrict import Refusal
@@ -27,7 +27,7 @@ from dyncc.surface import check_surface
 @dataclass(frozen=True, eq=False)
 class Subject:
     """`states`: the residual stream in front of layer 0, 1, ... and behind the last one; `output`: the first output behind it that is no
-    cache; `real`: the node [B, T] that says which rows are no padding, or None; `at`: the one row that the head reads, 0 or -1, or None."""
+    cache; `real`: the node [B, T] that says which rows are no padding, or None; `at`: the row that the head reads, or None."""
 
     program: Program
     signature: Signature
@@ -35,7 +35,7 @@ class Subject:
     states: tuple[fx.Node, ...]
     output: fx.Node
     real: fx.Node | None
-    at: int | None
+    at: At | None
 
     @property
     def layers(self) -> int:
@@ -61,6 +61,14 @@ class Subject:
     def run(self, known: dict[fx.Node, Any], wanted: Sequence[fx.Node]) -> dict[fx.Node, Any]:
         """The values of some nodes."""
         return replay(self.program.graph, known, wanted)
+
+    def row(self, known: dict[fx.Node, Any], state: Tensor) -> Tensor:
+        """[B, C]: the row of a state [B, T, C] that `exit-early` scores a sequence by."""
+        if self.at is None:
+            return state.mean(1)
+        if isinstance(self.at, int):
+            return state[:, self.at]
+        return state[torch.arange(len(state)), self.run(known, [self.at])[self.at]]
 
     def rows(self, value: Tensor, real: Tensor | None) -> Tensor:
         """[B, T, C] or [B, C] as rows [N, C], without those that are padding."""
@@ -103,7 +111,7 @@ def subject_of(model: nn.Module, first: Batch) -> Subject:
     return Subject(program, signature, stack, (*(x.start for x in stack.layers), last), found[0], real, at)
 
 
-def _row_read(program: Program, facts: Facts, stack: Stack) -> int | None:
+def _row_read(program: Program, facts: Facts, stack: Stack) -> At | None:
     """The row that `exit-early` would score a sequence by, as it finds it; None: the mean of all."""
     try:
         head = find_head(program.graph, facts.axes, stack, output_reads(program, facts, stack))
