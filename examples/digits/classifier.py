@@ -25,7 +25,7 @@ from .canvases import MOST, SIDE, Canvases, Drawn
 LAYERS, WIDTH, HEADS, PATCH = 12, 64, 2, 16
 BESIDE = (0, 1)
 """Row and column of the patch that the class token sees."""
-SUPERVISED, MEAN = {4: 0.3, 6: 0.3, 8: 0.3, 11: 1.0}, {3: 0.3, 11: 0.3}
+SUPERVISED, MEAN = {3: 0.2, 4: 0.2, 5: 0.2, 7: 0.2, 11: 1.0}, {3: 0.3, 11: 0.3}
 """Weights of the loss behind layers: of the class token's answer, and of the mean patch's, which teaches patches sooner."""
 STEPS, BATCH, RATE, WARM, CURRICULUM = 2500, 64, 3e-3, 100, 0.3
 
