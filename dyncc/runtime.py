@@ -39,6 +39,7 @@ class Optimized:
         self._outcome, self._signature, self.report, self.example = outcome, signature, report, example
         self._settings = settings
         self._dynamic = bool(_symbols(outcome.dense))
+        self._expected = expected_inputs(outcome.dense)
         self._lowered: dict[Program, Any] = {}
 
     @property
@@ -150,7 +151,7 @@ class Optimized:
                 problem = f"argument {position} was {value!r} when captured and is {leaves[position]!r} now"
                 raise InputMismatch(problem=problem, hint="optimize again for another value")
         flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
-        check_inputs(self._outcome.dense, flat)
+        check_inputs(self._expected, flat)
         check_conditions(signature, _bindings(self._outcome.dense, flat) if signature.conditions else {})
         return flat
 
@@ -192,24 +193,29 @@ def _bindings(program: Program, flat: list[Any]) -> dict[Any, int]:
     return bound
 
 
-def check_inputs(program: Program, flat: list[Any]) -> None:
+def expected_inputs(program: Program) -> list[tuple[int, str, Any]]:
+    """The place, name and fake tensor of each input that a call brings along."""
+    nodes = (n for n in program.graph.nodes if n.op == "placeholder")
+    pairs = enumerate(zip(nodes, program.inputs, strict=True))
+    return [(place, given.name, node.meta["val"]) for place, (node, given) in pairs if given.kind == "input"]
+
+
+def check_inputs(expected: list[tuple[int, str, Any]], flat: list[Any]) -> None:
     """Sizes, dtypes and devices must be those captured; symbolic sizes must agree with each other and with their range.
 
     Raises:
         InputMismatch: one does not; the message names the input and dimension.
     """
     bound: dict[Any, int] = {}
-    for node, given, value in zip((n for n in program.graph.nodes if n.op == "placeholder"), program.inputs, flat, strict=True):
-        if given.kind != "input":
-            continue
-        expected = node.meta["val"]
+    for place, name, like in expected:
+        value = flat[place]
         if not isinstance(value, torch.Tensor):
-            raise InputMismatch(problem=f"{given.name} is a {type(value).__name__}, not a tensor", hint="pass a tensor, as in the example")
-        if value.dtype != expected.dtype or value.dim() != expected.dim():
-            problem = f"{given.name} is {value.dtype} with {value.dim()} dimensions; captured were {expected.dtype} with {expected.dim()}"
+            raise InputMismatch(problem=f"{name} is a {type(value).__name__}, not a tensor", hint="pass a tensor, as in the example")
+        if value.dtype != like.dtype or value.dim() != like.dim():
+            problem = f"{name} is {value.dtype} with {value.dim()} dimensions; captured were {like.dtype} with {like.dim()}"
             raise InputMismatch(problem=problem, hint="convert it")
-        for dim, (size, actual) in enumerate(zip(expected.shape, value.shape, strict=True)):
-            _check_size(given.name, dim, size, actual, bound)
+        for dim, (size, actual) in enumerate(zip(like.shape, value.shape, strict=True)):
+            _check_size(name, dim, size, actual, bound)
 
 
 def check_conditions(signature: Signature, bound: dict[Any, int]) -> None:
@@ -318,7 +324,7 @@ def flat_example(program: Program, signature: Signature, args: tuple[Any, ...], 
     if spec != signature.in_spec:
         raise InputMismatch(problem="the call's arguments are arranged in another way than at capture", hint="pass the same ones")
     flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
-    check_inputs(program, flat)
+    check_inputs(expected_inputs(program), flat)
     return flat
 
 
