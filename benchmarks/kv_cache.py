@@ -77,6 +77,7 @@ def variants(model: Any, past: Sequence[Tensor], token: Tensor, room: int, polic
     return {
         BASELINE: Step(model, grow_from(past), token),
         "inductor, growing cache": Step(compiled("inductor"), grow_from(past), token),
+        "dyncc, growing cache": Step(compiled("dyncc"), grow_from(past), token),
         APPENDED: Step(appending, grow_from(past), token),
         "inductor, preallocated cache": Step(compiled("inductor"), filled(preallocated, past), token),
         "eager, KVCache": Step(model, filled(dyncc.KVCache(), past), token),
