@@ -78,6 +78,7 @@ def variants(model: Any, past: Sequence[Tensor], token: Tensor, room: int, polic
     made = {
         BASELINE: lambda: Step(model, grow_from(past), token),
         "inductor, growing cache": lambda: Step(compiled(backend="inductor"), grow_from(past), token),
+        "dyncc, growing cache": lambda: Step(compiled(backend="dyncc"), grow_from(past), token),
         APPENDED: lambda: Step(compiled(backend="dyncc", options=appending), grow_from(past), token),
         "inductor, preallocated cache": lambda: Step(compiled(backend="inductor"), filled(static(), past), token),
         "eager, KVCache": lambda: Step(model, filled(dyncc.KVCache(), past), token),

@@ -6,8 +6,8 @@ Where past [B, G, N, D] is an input, the result an output, and an attention read
 that takes and returns its keys. The result is the start of a buffer with room to grow; a mark says how far the buffer is written. A past
 that ends there goes on in place, any other moves to a buffer of its own, so that two continuations of one past never see each other
 (kernels/append_rows). Exact. Not on by default, as two promises of a concatenation fall: the keys that come back are not contiguous (code
-that reshapes them with `view` must use `reshape`), and who writes into a past by himself writes into what was made from it. Engines outside
-of PyTorch, and programs that are exported or saved, concatenate. dyncc.KVCache does the same where Python owns the cache.
+that reshapes them with `view` must use `reshape`), and who writes into a past by himself writes into what was made from it. Programs that
+are exported or saved concatenate, as do engines outside of PyTorch. dyncc.KVCache does the same where Python owns the cache.
 """
 
 from __future__ import annotations

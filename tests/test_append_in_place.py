@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_one_past_goes_on_in_place_until_its_buffer_is_full_and_only_once() -> N
     grown = APPEND(full, rows(1, 4))
     assert grown.data_ptr() != first.data_ptr() and grown.stride(1) == capacity(ROOM + 1) * 4
     assert torch.equal(grown[:, :, :ROOM], full) and torch.equal(full[:, :, :7], second) and torch.equal(other[:, :, :6], first)
+
+
+def test_threads_that_go_on_from_one_past_do_not_meet() -> None:
+    past = APPEND(rows(5), rows(1))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: APPEND(past, rows(1, seed)), range(8)))
+    for seed, one in enumerate(found):
+        assert torch.equal(one, torch.cat([past, rows(1, seed)], 2))
+    assert sum(one.data_ptr() == past.data_ptr() for one in found) == 1
+
+
+def test_no_cuda_graph_records_it() -> None:
+    assert torch.Tag.cudagraph_unsafe in APPEND.tags
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 2)])
