@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from dyncc.analysis.facts import Facts
 from dyncc.analysis.linear_attention import PRODUCTS, Linear, NotLinear, pairs, read_linear
+from dyncc.analysis.other_mixers import why_none
 from dyncc.analysis.unrolled import NotUnrolled, joins, read_steps
 from dyncc.ir import descendants, emit, hint, hoist, is_mutating, is_symbolic, op_name, shape
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
@@ -52,7 +53,7 @@ class FuseLinearAttention(Pass):
             except (NotLinear, NotUnrolled) as why:
                 misses.append(f"{out.name}: {why}")
         if not done:
-            raise Refusal(misses[0] if misses else "no product of queries and keys meets values without a softmax, and no loop over tokens")
+            raise Refusal(misses[0] if misses else why_none(program.graph))
         return PassResult(done, len(found) + len(loops), misses=tuple(misses), pays_from=gain)
 
 
