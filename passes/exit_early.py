@@ -23,7 +23,7 @@ from dyncc.analysis.layers import Stack
 from dyncc.branch import Branch, branch
 from dyncc.errors import BadOptionValue
 from dyncc.fitted import Parameters, load_fitted
-from dyncc.ir import Program, emit, hint, output_node, shape
+from dyncc.ir import Program, descendants, emit, hint, output_node, shape
 from dyncc.options import Keep, Layers, settle
 from dyncc.pass_tensors import brought, check_belongs
 from dyncc.passes.exit_heads import Head, Map, find_head, put_head
@@ -33,7 +33,7 @@ from dyncc.passes.exit_sites import WANTED, Rule, Score, Site, put_site
 from dyncc.passes.one_stack import one_stack
 from dyncc.passes.reads import output_reads
 from dyncc.region import Rows, find_region
-from dyncc.restrict import Refusal
+from dyncc.restrict import Refusal, where
 from dyncc.rewrite import Context, Pass, PassResult
 
 
@@ -103,6 +103,10 @@ class ExitEarly(Pass):
         layers = tuple(dict.fromkeys(self.layers.resolve(len(stack.layers))))
         if layers[-1] == len(stack.layers) - 1:
             raise Refusal(f"no layer is left to skip after layer {layers[-1]}, the last one; choose an earlier layer")
+        behind = descendants(stack.layers[layers[0]].end)
+        if written := [n for n in facts.mutated if n in behind]:
+            problem = "writes in place behind the first exit, as caches such as dyncc.KVCache do, and a branch must not"
+            raise Refusal(f"{where(written[0])} {problem}; take the past as inputs and return it, as dyncc.decoding.Decode does")
         given = self._fitted()
         if given is not None:
             width = hint(shape(stack.layers[0].end)[-1])

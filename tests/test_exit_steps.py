@@ -93,3 +93,25 @@ def test_steps_go_on_over_what_early_rows_left_and_the_threshold_decays() -> Non
             torch.testing.assert_close(now, hand, rtol=1e-5, atol=1e-6)
         assert all(keys.shape[2] == count for keys in past)
         values = (logits.argmax(-1).view(-1, 1), None, *past)
+
+
+class Writing(nn.Module):
+    """A step whose result is also written into a buffer of the caller's, as caches that are kept do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = STEP.with_(keys=False).build()
+
+    def forward(self, ids: Tensor, buffer: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids)
+        buffer.copy_(logits)
+        return logits
+
+
+@torch.no_grad()
+def test_what_is_written_in_place_is_refused_with_the_way_out() -> None:
+    values = (inputs(STEP)[0], torch.zeros(2, 31))
+    made = optimized(Writing(), values, "layers=1", strict=False)
+    (rewrite,) = made.report.rewrites
+    assert not rewrite.applied and "take the past as inputs and return it, as dyncc.decoding.Decode does" in rewrite.reason
+    assert torch.equal(made(*values), STEP.with_(keys=False).build()(values[0]))
