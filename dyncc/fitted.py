@@ -2,6 +2,8 @@
 
     exit.<layer>.map.weight [D, D], exit.<layer>.map.bias [D]             the state behind the last layer from that behind `layer`
     exit.<layer>.probe.weight [1, D], exit.<layer>.probe.bias [1]         logit of: the head behind the map chooses as at the end
+    exit.<layer>.gate.weight [1, 4], exit.<layer>.gate.bias [1]           given: gates of conditional exit probabilities (exit_gates.py)
+    exit.controller.weight [3, D]                                         given: stop, exit or continue, for all layers (exit_stop.py)
     unit.<layer>.down.weight [r, D], .up.weight [D, r], .bias [D]         layer(x) - x from x
     unit.<layer>.router.weight [1, D], .router.bias [1]                   from x / rms(x): log of how wrong that is, or a given router
     unit.<layer>.router.quantiles [101]                                   of the router's scores on the calibration data
@@ -26,6 +28,7 @@ from dyncc.stamped_file import Stamped, digest, read_stamped, write_stamped
 FORM, FILE = "dyncc fitted parameters 1", "parameters.safetensors"
 SIZES: dict[str, tuple[Any, ...]] = {
     "exit.map.weight": ("D", "D"), "exit.map.bias": ("D",), "exit.probe.weight": (1, "D"), "exit.probe.bias": (1,),
+    "exit.gate.weight": (1, 4), "exit.gate.bias": (1,), "exit.controller.weight": (3, "D"),
     "unit.down.weight": ("r", "D"), "unit.up.weight": ("D", "r"), "unit.bias": ("D",),
     "unit.router.weight": (1, "D"), "unit.router.bias": (1,), "unit.router.quantiles": ("Q",),
     "drop.divergence": ("L",),

@@ -70,7 +70,7 @@ def _one_row(read: fx.Node) -> int | None:
 
 def _picked(axes: Axes, stack: Stack, node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
     """The positions [B] that x[arange(B), positions] reads, if they do not depend on the layers."""
-    if op_name(node) != "index" or stack.dim != 1 or not stack.batch:
+    if op_name(node) != "index" or stack.dim != 1 or not (stack.batch and stack.axis):
         return None
     slots, given = operands(node), argument(node, "indices")
     if len(slots) != 3 or len(given) != 2 or len(shape(slots[2])) != 1 or slots[2] in inside:

@@ -6,19 +6,39 @@ keys at all layers. An approximation of what the layers would have stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from dyncc.analysis.facts import Facts
 from dyncc.analysis.layers import Stack
-from dyncc.ir import Program, ancestors, descendants, hoist, outputs
+from dyncc.ir import Program, ancestors, argument, descendants, hoist, op_name, output_node, outputs
 from dyncc.region import copy_nodes
 
 
-def keys_behind(program: Program, facts: Facts, state: fx.Node, until: fx.Node | None) -> list[fx.Node]:
-    """The keys and values that the graph returns and computes from `state`, but not from the later state `until`."""
+def stored_keys(program: Program, facts: Facts, stack: Stack) -> dict[fx.Node, fx.Node]:
+    """The keys and values that the layers add to what the graph returns, and who reads them for that.
+
+    A step returns cat([past, new]), which its attention reads too. The output gets a copy of that cat of its own, so that a branch gives
+    `new` alone: the past goes into no branch's result, and every layer's cache grows by one row whoever left.
+    """
+    end, found = output_node(program.graph), dict[fx.Node, fx.Node]()
+    late = descendants(stack.layers[0].start)
+    for keys in dict.fromkeys(outputs(program.graph)[i] for i in sorted(facts.kv_outputs)):
+        parts = list(argument(keys, "tensors", ())) if op_name(keys) == "cat" else []
+        if len(parts) != 2 or parts[0] in late or parts[1] not in late:
+            found[keys] = end
+            continue
+        copied = copy_nodes([keys], program.graph, {}, end)[keys]
+        end.replace_input_with(keys, copied)
+        found[parts[1]] = copied
+    return found
+
+
+def keys_behind(stored: Iterable[fx.Node], state: fx.Node, until: fx.Node | None) -> list[fx.Node]:
+    """Those of the `stored` keys and values that are computed from `state`, but not from the later state `until`."""
     inside = descendants(state) - (descendants(until) if until is not None else set())
-    returned = outputs(program.graph)
-    return list(dict.fromkeys(returned[i] for i in sorted(facts.kv_outputs) if returned[i] in inside))
+    return [n for n in stored if n in inside]
 
 
 def projected(stack: Stack, keys: fx.Node, state: fx.Node, before: fx.Node) -> fx.Node:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-Score = Literal["max-prob", "margin", "entropy", "saturation", "probe"]
 
 
 def max_prob(logits: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ def entropy(logits: Tensor) -> Tensor:
     [0.0, 1.0]
     """
     if logits.shape[-1] == 1:
-        return torch.ones_like(logits[:, 0], dtype=torch.float32)
+        return torch.ones_like(logits[..., 0], dtype=torch.float32)
     log_p = torch.log_softmax(logits.float(), -1)
     return (1 + (log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])).clamp(0.0, 1.0)
 

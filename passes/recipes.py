@@ -279,8 +279,31 @@ CALM = Recipe(
     citation="Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022",
     needs="training-free",
     note="margin of the two best tokens; score=saturation is the paper's second score. The threshold decays with the tokens read, which a "
-    "graph knows, where the paper counts those written. For a first token or an encoder's result: "
+    "graph knows, where the paper counts those written. Steps take and return their past (dyncc.decoding.Decode): "
     "caches that are written in place are refused",
+    confidence="high",
+)
+
+JEI_DNN = Recipe(
+    name="jei-dnn",
+    pass_name="exit-early",
+    options={"layers": "25%,50%,75%", "score": "gate", "threshold": "0.5"},
+    citation="Regol et al., Jointly-Learned Exit and Inference for a Dynamic Neural Network, ICLR 2024",
+    needs="trained weights",
+    note="file= takes trained gates (dyncc.save_parameters), and maps in front of the model's head, where the authors' exits have heads of "
+    "their own; the sharpened distribution is p^2 / sum p^2",
+    confidence="medium",
+)
+
+STOP_EXIT = Recipe(
+    name="stop-exit",
+    pass_name="exit-early",
+    options={"layers": "25%,50%,75%", "score": "controller", "threshold": "0.9"},
+    citation="Sun et al., When Neural Code Completion Models Size up the Situation: Attaining Cheaper and Faster Completion through "
+    "Dynamic Model Inference, ICSE 2024",
+    needs="trained weights",
+    note="file= takes a trained controller; stop= and end= let rows stop, with the end-of-text token as their only choice, where the "
+    "authors return a flag; they also leave the first token alone",
     confidence="high",
 )
 
@@ -319,6 +342,7 @@ SKIPDECODE = Recipe(
 
 RECIPES: tuple[Recipe, ...] = (
     EVIT, PROMPTDISTILL, LAZYLLM, TOKENSELECT, SINK_WINDOW, QUEST, LOUISKV, ACTQKV, HISA, HIP, FASA, TIDALDECODE, STREAMINGLLM, H2O, A2SF,
-    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, ATTENTION_GATE, TOVA, CALM, INFORMED_ROUTING, MIXTURE_OF_DEPTHS, SKIPDECODE,
+    KEYFORMER, SNAPKV, DAPQ, LOOKAHEADKV, TRIM_KV, ATTENTION_GATE, TOVA, CALM, JEI_DNN, STOP_EXIT, INFORMED_ROUTING,
+    MIXTURE_OF_DEPTHS, SKIPDECODE,
 )
 """Every recipe; the tuple is the list that `dyncc passes` prints."""

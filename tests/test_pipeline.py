@@ -122,11 +122,11 @@ def test_the_shipped_registry_is_consistent() -> None:
         "prune-tokens": {"evit", "promptdistill", "lazyllm"},
         "select-kv": {"tokenselect", "quest", "hisa", "hip", "fasa", "louiskv", "actqkv", "tidaldecode", "sink-window"},
         "evict-kv": {"streamingllm", "h2o", "a2sf", "keyformer", "snapkv", "dapq", "lookaheadkv", "trim-kv", "attention-gate", "tova"},
-        "exit-early": {"calm"},
+        "exit-early": {"calm", "jei-dnn", "stop-exit"},
         "drop-layers": {"skipdecode"},
         "route-tokens": {"informed-routing", "mixture-of-depths"},
     }
-    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 26
+    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 28
     assert all(recipe.pass_name in registry.names() and recipe.citation for recipe in RECIPES)
     assert set(registry.exact) <= set(registry.names())
 
