@@ -196,7 +196,7 @@ def by_keys(q: Any, k: Any, v: Any, a: Any) -> Any:
 
 
 KEPT = (
-    (softmaxed, "without a softmax"),
+    (softmaxed, "a softmax makes its weights"),
     (summed_before_its_mask, "summed over keys before they are masked"),
     (summed_when_normalised, "summed over keys, and then scaled row by row"),
     (divided_by_keys, "divided by a tensor that differs from key to key"),

@@ -204,7 +204,7 @@ KEPT = (
     (skips, "does not follow from the one before"),
     (changes, "its decays are 0.5, 0.6"),
     (a_nonlinear_one, "no loop over tokens"),
-    (an_average, "no loop over tokens"),
+    (an_average, "without keys, such as a moving average"),
 )
 
 
