@@ -203,7 +203,7 @@ KEPT = (
     (of_query_values, "without keys, such as a moving average"),
     (skips, "does not follow from the one before"),
     (changes, "its decays are 0.5, 0.6"),
-    (a_nonlinear_one, "without keys, such as a moving average"),
+    (a_nonlinear_one, "no loop over tokens"),
     (an_average, "without keys, such as a moving average"),
 )
 
