@@ -200,7 +200,7 @@ KEPT = (
     (of_any_sign, "neither exp nor sigmoid of anything"),
     (of_any_sign_once, "neither exp nor sigmoid of anything"),
     (of_values, "differ among the channels of values"),
-    (of_query_values, "without keys, such as a moving average"),
+    (of_query_values, "no loop over tokens"),
     (skips, "does not follow from the one before"),
     (changes, "its decays are 0.5, 0.6"),
     (a_nonlinear_one, "no loop over tokens"),
