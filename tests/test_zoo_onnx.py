@@ -7,7 +7,7 @@ import pytest
 import zoo_onnx
 from zoo import ZOO
 
-QUICK = ("bert", "vit", "llama-last")
+QUICK = ("vit", "llama-last")
 NAMES = [pytest.param(model.name, marks=() if model.name in QUICK else pytest.mark.full) for model in ZOO]
 TOLERANCE = 1e-4
 PRUNED_EXPORTS_THAT_MUST_HOLD = 16
