@@ -44,7 +44,8 @@ def test_rivals_compute_what_the_kernels_compute(gpu: Any) -> None:
     compared = set()
     small = {"rows": 130, "keys": 70, "chosen": 3, "heads": 4, "groups": 2}
     for spec, _ in gpu.TIMED:
-        exact = replace(spec, dtype="float32")
+        narrow = {"width": 16} if spec.entry == "linear_chunk" else {}  # in float32 wide chunks are refused
+        exact = replace(spec, dtype="float32", **narrow)
         given, more = sample(exact, **(small if spec.entry != "rows" else {**small, "rows": 3}))
         want = exact.truth(*given, **more)
         if spec.entry == "attend_chosen":
