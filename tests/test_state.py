@@ -138,7 +138,7 @@ def test_state_after_one_and_two_calls_is_as_eager(kind: type[Attending]) -> Non
     check_state(kind, "reference")
 
 
-@pytest.mark.parametrize("kind", [Counts, WritesAView], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", [pytest.param(Counts, marks=pytest.mark.full), WritesAView], ids=lambda k: k.__name__)
 def test_state_under_inductor_is_as_eager(kind: type[Attending]) -> None:
     check_state(kind, "inductor")
 
