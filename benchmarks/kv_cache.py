@@ -10,7 +10,7 @@ read the same past and token with every call. Bounds: the bytes a step must read
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dyncc.decoding import Prefill, grow_from
 from dyncc.models import english_tokens, load_smollm2
 from dyncc.passes import EXACT as DEFAULT
 from dyncc.quality import compare
-from dyncc.timing import paired
+from dyncc.timing import Timings, paired
 
 BASELINE, PEER = "eager, growing cache", "onnxruntime, transformers exporter"
 EXACT, APPENDED, BUFFER = "dyncc, KVCache", "dyncc, growing cache, append-in-place", "dyncc, onnxruntime, one buffer"
@@ -109,6 +109,42 @@ def plain_sums(model: Any, past: Sequence[Tensor]) -> dict[str, Callable[[], Any
     return {name: lambda parts=parts: [t.view(torch.float32).sum() for t in parts] for name, parts in read.items()}
 
 
+def cached(model: Any, tokenizer: Any, count: int, batch: int) -> tuple[list[Tensor], Tensor]:
+    """Keys and values of `count` tokens of English (k0, v0, k1, ...) and the token behind them, `batch` times each."""
+    tokens = english_tokens(tokenizer)
+    with torch.no_grad():
+        _, *one = Prefill(model, keys=True)(tokens[:count][None])
+    return [t.repeat(batch, 1, 1, 1) for t in one], tokens[count : count + 1][None].repeat(batch, 1)
+
+
+def told(timings: Timings, steps: Mapping[str, Step], passes: Sequence[str], config: Any, keys: int) -> dict[str, Any]:
+    """A row for each variant, printed: ratios to eager, to the whole cache and to the fastest peer, errors, and the bound."""
+    fastest = min((n for n in timings.seconds if not n.startswith(("dyncc", "plain sum"))), key=timings.median)
+    read = [1000 * timings.median(name) for name in (WEIGHTS, KEYS)]
+    rows: dict[str, Any] = {}
+    for name in timings.seconds:
+        policy = name.removeprefix("dyncc, ") if name.removeprefix("dyncc, ") in passes else ""
+        held = getattr(steps[name].cache, "bytes", None) if name in steps else None
+        row: dict[str, Any] = {"ms": 1000 * timings.median(name), "first_call_seconds": timings.first[name], "bytes": held}
+        row["ratio"] = timings.ratio(BASELINE, name).to_dict()
+        words = f"{row['ms']:7.1f} ms, {timings.ratio(BASELINE, name)} times eager"
+        if policy:  # chosen keys were not the text's own: its logits say nothing
+            words += f", {(held or 0) / 1e6:.0f} MB held"
+            if EXACT in timings.seconds:
+                row["ratio_to_exact"] = timings.ratio(EXACT, name).to_dict()
+                words += f", {timings.ratio(EXACT, name)} times the whole cache"
+        elif name in steps:
+            row |= compare(steps[BASELINE].logits, steps[name].logits, config.vocab_size)
+            words += f", error {row['max_rel_error']:.1e}"
+        if name.startswith("dyncc"):
+            row["bound_ms"] = read[0] + read[1] * share_read(policy, keys, config.num_hidden_layers)
+            row["ratio_to_fastest_peer"] = {"peer": fastest, **timings.ratio(fastest, name).to_dict()}
+            words += f", bound {row['bound_ms']:.1f} ms, {timings.ratio(fastest, name)} times {fastest}"
+        rows[name] = row
+        print(f"{name:50} {words}, first call {row['first_call_seconds']:.0f} s")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     """Time all variants in turns, print ratios to eager's growing cache, and write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,11 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_smollm2(getattr(torch, options.dtype))
     if options.layers:
         model.model.layers, model.config.num_hidden_layers = model.model.layers[: options.layers], options.layers
-    tokens = english_tokens(tokenizer)
-    with torch.no_grad():
-        _, *one = Prefill(model, keys=True)(tokens[: options.cached][None])
-    past = [t.repeat(options.batch, 1, 1, 1) for t in one]
-    token = tokens[options.cached : options.cached + 1][None].repeat(options.batch, 1)
+    past, token = cached(model, tokenizer, options.cached, options.batch)
     known = len(dyncc.reports())
     made = variants(model, past, token, options.pairs + 64, options.passes)
     steps = {name: make() for name, make in made.items() if not options.only or name in (BASELINE, *options.only)}
@@ -142,31 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         others[BUFFER] = in_one_buffer(model, options.ours, past)
     timings = paired(steps | others, pairs=options.pairs, warmup=3, progress=progress)
     reports = dyncc.reports()[known:]
-    dense = steps[BASELINE].logits
-    fastest = min((n for n in timings.seconds if not n.startswith(("dyncc", "plain sum"))), key=timings.median)
-    weights, keys = (1000 * timings.median(name) for name in (WEIGHTS, KEYS))
-    rows: dict[str, Any] = {}
-    for name in timings.seconds:
-        row: dict[str, Any] = {"ms": 1000 * timings.median(name), "first_call_seconds": timings.first[name]}
-        held = getattr(steps[name].cache, "bytes", None) if name in steps else None
-        row |= {"ratio": timings.ratio(BASELINE, name).to_dict(), "bytes": held}
-        words = f"{row['ms']:7.1f} ms, {timings.ratio(BASELINE, name)} times eager"
-        if name.removeprefix("dyncc, ") in options.passes:  # chosen keys were not the text's own: its logits say nothing
-            words += f", {held / 1e6:.0f} MB held"
-            if EXACT in timings.seconds:
-                row["ratio_to_exact"] = timings.ratio(EXACT, name).to_dict()
-                words += f", {timings.ratio(EXACT, name)} times the whole cache"
-        elif name in steps:
-            row |= compare(dense, steps[name].logits, model.config.vocab_size)
-            words += f", error {row['max_rel_error']:.1e}"
-        if name.startswith("dyncc"):
-            passes = name.removeprefix("dyncc, ") if name.removeprefix("dyncc, ") in options.passes else ""
-            row["bound_ms"] = weights + keys * share_read(passes, past[0].shape[2], model.config.num_hidden_layers)
-            words += f", bound {row['bound_ms']:.1f} ms"
-            row["ratio_to_fastest_peer"] = {"peer": fastest, **timings.ratio(fastest, name).to_dict()}
-            words += f", {timings.ratio(fastest, name)} times {fastest}"
-        rows[name] = row
-        print(f"{name:50} {words}, first call {row['first_call_seconds']:.0f} s")
+    rows = told(timings, steps, options.passes, model.config, options.cached)
     for name, why in timings.failures.items():
         print(f"{name:30} failed: {why}")
     print(f"graphs that dyncc lowered: {len(reports)}, fallbacks: {[r.fallback for r in reports if r.fallback]}")

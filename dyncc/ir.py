@@ -7,7 +7,7 @@ tuple. Every node carries its fake value in `meta["val"]`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -255,15 +255,15 @@ def descendants(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that these depend on, themselves included."""
+def ancestors(nodes: Iterable[fx.Node], but: Container[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes that these depend on, themselves included; not `but` these, nor what stands behind them alone."""
     seen: set[fx.Node] = set()
-    stack = list(nodes)
+    stack = [n for n in nodes if n not in but]
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(node.all_input_nodes)
+            stack += [n for n in node.all_input_nodes if n not in but and n not in seen]
     return seen
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dyncc.analysis.axes import Axes, Dim, Read, size_expr
-from dyncc.ir import descendants, emit, is_effect, is_tensor, operands, output_node, refresh, replace_operands, shape, val
+from dyncc.ir import ancestors, descendants, emit, is_effect, is_tensor, operands, output_node, refresh, replace_operands, shape, val
 from dyncc.restrict import IT, Refusal, resize, where
 
 
@@ -31,7 +31,7 @@ def find_region(entries: Sequence[fx.Node], exits: Sequence[fx.Node]) -> Region:
         Refusal: it writes in place or draws random numbers, or something outside reads what is inside; the node is named.
     """
     graph = entries[0].graph
-    inside = set().union(*(descendants(n) for n in entries)) & _needed(exits, set(entries))
+    inside = set().union(*(descendants(n) for n in entries)) & ancestors(exits, set(entries))
     nodes = tuple(n for n in graph.nodes if n in inside)
     for node in nodes:
         if is_effect(node):
@@ -41,18 +41,6 @@ def find_region(entries: Sequence[fx.Node], exits: Sequence[fx.Node]) -> Region:
             raise Refusal(_read_outside(node, stranger))
     read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
     return Region(tuple(entries), tuple(exits), nodes, tuple(n for n in graph.nodes if n in read))
-
-
-def _needed(exits: Sequence[fx.Node], entries: set[fx.Node]) -> set[fx.Node]:
-    """What the exits depend on up to the entries, which are left out."""
-    seen: set[fx.Node] = set()
-    stack = [n for n in exits if n not in entries]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(n for n in node.all_input_nodes if n not in entries)
-    return seen
 
 
 def _read_outside(node: fx.Node, stranger: fx.Node) -> str:

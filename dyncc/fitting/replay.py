@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dyncc.ir import operands
+from dyncc.ir import ancestors, operands
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def replay(graph: fx.Graph, known: Mapping[fx.Node, Any], wanted: Sequence[fx.No
     Args:
         known: values of placeholders, and of nodes in the middle: what lies in front of those alone is not run.
     """
-    needed = _needed(known, wanted)
+    needed = ancestors(wanted, known)
     left = Counter(s for n in needed for s in operands(n))
     values = {n: v for n, v in known.items() if n in left or n in wanted}
     for node in graph.nodes:
@@ -32,15 +32,3 @@ def replay(graph: fx.Graph, known: Mapping[fx.Node, Any], wanted: Sequence[fx.No
             if not left[source] and source not in wanted and source not in known:
                 del values[source]
     return {n: values[n] for n in wanted}
-
-
-def _needed(known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes to run: what the wanted ones depend on, up to what is known."""
-    found: set[fx.Node] = set()
-    stack = [n for n in wanted if n not in known]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += [n for n in node.all_input_nodes if n not in known and n not in found]
-    return found
