@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from dyncc.backends.native import with_native_kernels
 from dyncc.backends.open_gates import with_open_gates
 from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.backends.size_symbols import define_sizes
+from dyncc.backends.state_guard import StateGuard
 from dyncc.ir import Program, is_symbolic, operands, shape
 from dyncc.kernels.gated_linear_attention import TRUTHS as COMPILED
 from dyncc.kernels.gated_linear_attention.op import SHORT
@@ -29,7 +29,7 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
         define_sizes(safe.module.graph)
         run = compile_graph(safe.module, inputs)
     else:
-        run = torch.compile(safe.module, backend="inductor", dynamic=dynamic, fullgraph=True)
+        run = StateGuard(safe, dynamic)
     run.notes = notes
     return run
 

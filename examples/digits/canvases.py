@@ -1,5 +1,5 @@
-"""Canvases of 64 x 64: one of scikit-learn's digits, four times as large, among pieces of other digits. Many hold one piece at most, the
-others several, so that some are easy and some are hard. Everything is drawn on 16 x 16 and enlarged."""
+"""Canvases of 64 x 64: one of scikit-learn's digits, four times as large, among pieces of other digits. Most digits stand at the upper
+left, where the classifier looks first, and are easy; the others stand far from there. Everything is drawn on 16 x 16 and enlarged."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 SIDE, SCALE, STEP = 64, 4, 2
-EASY, FEW, MOST, NOISE = 0.7, 2, 5, 0.1
+NEAR, MOST, NOISE = 0.85, 2, 0.1
+"""Share of digits at the upper left, pieces at most, and how loud the noise is."""
+AWAY = 12
+"""The others' corners stand so many rows and columns of the 16 x 16 away, or more."""
 TRAINED, CALIBRATED = 1000, 400
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """`images` [N, 1, 64, 64], `labels` [N], `digits` [N]: which of the split's digits stands on each, and `pieces` [N] beside it."""
+    """`images` [N, 1, 64, 64], `labels` [N], `digits` [N]: which of the split's digits stands on each."""
 
     images: Tensor
     labels: Tensor
     digits: Tensor
-    pieces: Tensor
 
 
 class Canvases:
@@ -35,22 +37,23 @@ class Canvases:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def draw(self, digits: Tensor, most: int = MOST) -> Drawn:
-        """A canvas for each of the given digits, with `most` pieces or fewer."""
+    def draw(self, digits: Tensor, most: int = MOST, near: float = NEAR) -> Drawn:
+        """A canvas for each of the given digits, with `most` pieces or fewer; about the share `near` stands at the upper left."""
         count = len(digits)
-        several = FEW + self.random(max(1, most - FEW + 1), count)
-        pieces = torch.where(self.random(100, count) < 100 * EASY, self.random(2, count), several).clamp(max=most)
         canvas = torch.zeros(count, SIDE // SCALE, SIDE // SCALE)
+        pieces = self.random(most + 1, count)
         for number in range(most):
-            self._put(canvas, self._piece(count) * (number < pieces)[:, None, None])
-        self._put(canvas, self.images[digits])
+            self._put(canvas, self._piece(count) * (number < pieces)[:, None, None], PLACES[4])
+        close = torch.rand(count, generator=self.source) < near
+        self._put(canvas, self.images[digits] * close[:, None, None], CLOSE)
+        self._put(canvas, self.images[digits] * ~close[:, None, None], FAR)
         wide = canvas.repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
         noise = NOISE * torch.randn(wide.shape, generator=self.source)
-        return Drawn((wide + noise)[:, None], self.labels[digits], digits, pieces)
+        return Drawn((wide + noise)[:, None], self.labels[digits], digits)
 
-    def some(self, count: int, most: int = MOST) -> Drawn:
+    def some(self, count: int, most: int = MOST, near: float = NEAR) -> Drawn:
         """Canvases of digits drawn at random."""
-        return self.draw(self.random(len(self), count), most)
+        return self.draw(self.random(len(self), count), most, near)
 
     def each(self, times: int) -> Drawn:
         """So many canvases of every digit, digit by digit."""
@@ -64,12 +67,23 @@ class Canvases:
         other, y, x = self.random(len(self), count), 1 + self.random(3, count), 1 + self.random(3, count)
         return self.images[(other[:, None, None], *_square(y, x, 4))]
 
-    def _put(self, canvas: Tensor, small: Tensor) -> None:
+    def _put(self, canvas: Tensor, small: Tensor, places: Tensor) -> None:
+        """Squares [N, size, size] over the canvases, each at one of the places [P, 2]."""
         count, size = small.shape[:2]
-        places = (SIDE // SCALE - size) // STEP + 1
-        y, x = STEP * self.random(places, count), STEP * self.random(places, count)
+        y, x = places[self.random(len(places), count)].unbind(1)
         where = (torch.arange(count)[:, None, None], *_square(y, x, size))
         canvas[where] = torch.maximum(canvas[where], small)
+
+
+def _places(size: int) -> Tensor:
+    """Corners [P, 2] where a square of this size can stand, rows before columns."""
+    along = torch.arange(0, SIDE // SCALE - size + 1, STEP)
+    return torch.cartesian_prod(along, along)
+
+
+PLACES = {size: _places(size) for size in (4, 8)}
+CLOSE = PLACES[8][PLACES[8].sum(1) <= STEP]
+FAR = PLACES[8][PLACES[8].sum(1) >= AWAY]
 
 
 def _square(y: Tensor, x: Tensor, size: int) -> tuple[Tensor, Tensor]:

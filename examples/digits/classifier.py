@@ -1,8 +1,9 @@
 """A vision transformer of 12 layers for the canvases, and how it is trained: minutes on two cores, once; the weights are kept in dyncc's
 cache folder under a name that changes with this text.
 
-Patches attend to the four beside them (neighbourhood attention, Hassani et al. 2023, in its smallest form), and the class token to one
-patch at the edge: what a patch shows travels one patch a layer, so that a digit far away is known late.
+Patches attend to the four beside them (neighbourhood attention, Hassani et al. 2023, in its smallest form), and the class token to the
+patch at the upper left: what a patch shows travels one patch a layer, so that a digit far away is known late. The first layers learn to
+read digits nearby before all layers learn to carry what is far.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from dyncc.outputs import replaced_file
 
 from .canvases import MOST, SIDE, Canvases, Drawn
 
-LAYERS, WIDTH, HEADS, PATCH = 12, 64, 2, 16
-BESIDE = (0, 1)
-"""Row and column of the patch that the class token sees."""
-SUPERVISED, MEAN = {3: 0.2, 4: 0.2, 5: 0.2, 7: 0.2, 11: 1.0}, {3: 0.3, 11: 0.3}
+LAYERS, WIDTH, HEADS, PATCH = 12, 128, 2, 16
+SUPERVISED, MEAN = {2: 0.5, 3: 0.3, 5: 0.3, 7: 0.3, 11: 1.0}, {2: 0.3, 11: 0.2}
 """Weights of the loss behind layers: of the class token's answer, and of the mean patch's, which teaches patches sooner."""
-STEPS, BATCH, RATE, WARM, CURRICULUM = 2500, 64, 3e-3, 100, 0.3
+STEPS, BATCH, RATE, WARM, CURRICULUM = 2000, 64, 2e-3, 100, 0.3
+FIRST, READING, FARTHER = 4, 0.5, 0.5
+"""Layers that learn first, on digits nearby alone, for which share of the steps; and what share of digits is nearby behind those."""
 
 
 class Block(nn.Module):
@@ -46,12 +47,12 @@ class Block(nn.Module):
 
 
 def neighbours(side: int) -> Tensor:
-    """[1 + T, 1 + T], true where a token sees another: itself and the patches beside it; the class token, which is first, sees BESIDE."""
+    """[1 + T, 1 + T], true where a token sees another: itself and the patches beside it; the class token, which is first, the first patch."""
     row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
     apart = (row[:, None] - row).abs() + (column[:, None] - column).abs()
     seen = torch.zeros(1 + side * side, 1 + side * side, dtype=torch.bool)
     seen[1:, 1:] = apart <= 1
-    seen[0, [0, 1 + BESIDE[0] * side + BESIDE[1]]] = True
+    seen[0, :2] = True
     return seen
 
 
@@ -60,7 +61,7 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 32, PATCH // 2, PATCH // 2), nn.GELU(), nn.Conv2d(32, WIDTH, 3, 2, 1))
+        self.stem = nn.Linear(PATCH * PATCH, WIDTH)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))
         self.places = nn.Parameter(0.02 * torch.randn(1, (SIDE // PATCH) ** 2 + 1, WIDTH))
         self.register_buffer("mask", neighbours(SIDE // PATCH), persistent=False)
@@ -68,13 +69,14 @@ class Classifier(nn.Module):
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
 
     def embed(self, images: Tensor) -> Tensor:
-        patches = self.stem(images).flatten(2).transpose(1, 2)
+        side = SIDE // PATCH
+        patches = self.stem(images.reshape(-1, side, PATCH, side, PATCH).transpose(2, 3).reshape(-1, side * side, PATCH * PATCH))
         return torch.cat([self.token.expand(patches.shape[0], -1, -1), patches], 1) + self.places
 
-    def states(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The class token behind each layer and the mean over the patches, [B, L, D] both."""
+    def states(self, images: Tensor, layers: int = LAYERS) -> tuple[Tensor, Tensor]:
+        """The class token behind each of the first layers and the mean over the patches, [B, L, D] both."""
         x, tokens, means = self.embed(images), [], []
-        for block in self.blocks:
+        for block in self.blocks[:layers]:
             x = block(x, self.mask)
             tokens.append(x[:, 0])
             means.append(x[:, 1:].mean(1))
@@ -108,13 +110,14 @@ def trained(canvases: Canvases, steps: int = STEPS) -> Classifier:
 
 
 def train(model: Classifier, canvases: Canvases, steps: int) -> None:
-    """AdamW with warm-up and cosine on fresh canvases, whose clutter grows at first."""
+    """AdamW with warm-up and cosine on fresh canvases, whose clutter grows at first; all layers when the first ones can read."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     start, busy = time.perf_counter(), time.process_time()
     for step in range(steps):
-        most = max(1, round(MOST * min(1.0, step / steps / CURRICULUM)))
+        most = round(MOST * min(1.0, step / steps / CURRICULUM))
+        layers, near = (FIRST, 1.0) if step < READING * steps else (LAYERS, FARTHER)
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = _loss(model, canvases.some(BATCH, most))
+        loss = _loss(model, canvases.some(BATCH, most, near), layers)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,8 +128,12 @@ def train(model: Classifier, canvases: Canvases, steps: int) -> None:
     print(f"trained on {steps * BATCH:,} canvases in {seconds:.0f} s ({cores:.0f} s of processor time)", flush=True)
 
 
-def _loss(model: Classifier, drawn: Drawn) -> Tensor:
-    tokens, means = map(model.answer, model.states(drawn.images))
-    losses = [weight * F.cross_entropy(tokens[:, layer], drawn.labels) for layer, weight in SUPERVISED.items()]
-    losses += [weight * F.cross_entropy(means[:, layer], drawn.labels) for layer, weight in MEAN.items()]
+def _loss(model: Classifier, drawn: Drawn, layers: int) -> Tensor:
+    tokens, means = map(model.answer, model.states(drawn.images, layers))
+    losses = [
+        weight * F.cross_entropy(answers[:, layer], drawn.labels)
+        for answers, weights in ((tokens, SUPERVISED), (means, MEAN))
+        for layer, weight in weights.items()
+        if layer < layers
+    ]
     return torch.stack(losses).sum()
