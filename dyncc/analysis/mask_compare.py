@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import sympy
-import torch
 
 from dyncc.analysis.abstract_values import CAUSAL, Abstract, Causal, Const, Distance, Position, joined, pointwise
+from dyncc.ir import size_expr
 
 AND = ("__and__", "bitwise_and", "logical_and")
 OR = ("__or__", "bitwise_or", "logical_or")
@@ -68,7 +68,7 @@ def _compared(name: str, a: Abstract, b: Abstract, sizes: tuple[Any, ...]) -> Ab
     if not isinstance(a, Position) or not isinstance(b, Position) or name not in ("le", "ge"):
         return None
     key, row = (a, b) if name == "le" else (b, a)
-    if key.dim != row.dim and _never_less(row.offset, key.offset + expression(sizes[key.dim]) - 1):
+    if key.dim != row.dim and _never_less(row.offset, key.offset + size_expr(sizes[key.dim]) - 1):
         return Const(True)
     if (key.dim, row.dim) == (-2, -1):  # row <= key is what key + 1 <= row is not
         return pointwise(lambda x: not x, _compared("le", replace(row, offset=row.offset + 1), key, sizes))
@@ -81,8 +81,3 @@ def _compared(name: str, a: Abstract, b: Abstract, sizes: tuple[Any, ...]) -> Ab
 def _never_less(a: Any, b: Any) -> bool:
     """Whether a >= b for all sizes that there can be (sizes are positive)."""
     return bool(sympy.sympify(a - b).is_nonnegative)
-
-
-def expression(size: Any) -> Any:
-    """A size as a number or an expression over sizes."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size

@@ -13,9 +13,9 @@ import torch
 from torch import fx
 
 from dyncc.analysis.abstract_values import CAUSAL, Abstract, Causal, Const, Distance, Position, pointwise
-from dyncc.analysis.mask_compare import AND, NUMBERS, OR, binary, expression
+from dyncc.analysis.mask_compare import AND, NUMBERS, OR, binary
 from dyncc.analysis.mask_views import UNARY, carried, spread
-from dyncc.ir import argument, is_mutating, is_tensor, op_name, operands, shape, val
+from dyncc.ir import argument, is_mutating, is_tensor, op_name, operands, shape, size_expr, val
 
 __all__ = ["CARRY", "CAUSAL", "Abstract", "Causal", "Const", "Distance", "Position", "evaluate"]
 
@@ -32,7 +32,7 @@ def evaluate(node: Any, known: dict[fx.Node, Abstract]) -> Abstract:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     if isinstance(val(node), (int, torch.SymInt)):
-        return Const(expression(val(node)))
+        return Const(size_expr(val(node)))
     if node not in known:
         known[node] = None if _written_to(node) else _evaluate(node, known)
     return known[node]
