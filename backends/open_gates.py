@@ -15,8 +15,10 @@ from dyncc.ir import Program, argument, emit, val
 from dyncc.kernels.fused_attention import ATTEND
 from dyncc.kernels.fused_attention.truth import gated
 
-BEYOND = ("sinks", "cap", "window", "prefix", "slopes")
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+GATE = {"gate", "activation"}
+BEYOND = {a.name for a in ATTEND._schema.arguments} - {a.name for a in SDPA._schema.arguments} - GATE
+"""What `dyncc::attend` is asked that SDPA has no argument for."""
 
 
 def with_open_gates(program: Program) -> Program:

@@ -192,6 +192,7 @@ def _report(plain: dict[str, Any]) -> Report:
 
 
 def _cut(plain: dict[str, Any]) -> Any:
-    from dyncc.passes.cut import Cut, Kept
+    from dyncc.passes.cut import Cut
+    from dyncc.passes.kept_rows import Kept
 
     return Cut(**{**plain, "hidden_from": tuple(plain["hidden_from"]), "after": Kept(**plain["after"])})

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dyncc import options as option_values
-from dyncc.pipeline import Registry, default_registry
+from dyncc.pipeline import Recipe, Registry, default_registry
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _pass_info(name: str, kind: Any, default: bool) -> PassInfo:
     return PassInfo(name, "pass", summary, bool(getattr(kind, "exact", False)), default, _options(kind, {}))
 
 
-def _recipe_info(recipe: Any, registry: Registry) -> PassInfo:
+def _recipe_info(recipe: Recipe, registry: Registry) -> PassInfo:
     kind, texts = registry.resolve(recipe.name)
     return PassInfo(
         recipe.name,

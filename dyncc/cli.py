@@ -144,7 +144,9 @@ def convert(
         check_output(output)
         settings: dict[str, Any] = {"passes": passes, "engine": engine, "evidence": evidence, "strict": strict}
         written = convert_model(*load(model), output, verify=verify, dynamic=dynamic, tell=_note, **settings)
-    return _print_json(written) if as_json else _print(_written(written))
+    from dyncc.tables import written_text
+
+    return _print_json(written) if as_json else _print(written_text(written))
 
 
 @app.command()
@@ -170,27 +172,6 @@ def fit(
         found = open_data(data, model, Batch(loaded.args, loaded.kwargs), length)
         fitted = fit_model(loaded.model, data=found, plan=plan, output=output, progress=tell)
     return _print_json(fitted.to_dict()) if as_json else _print(str(fitted))
-
-
-def _written(result: dict[str, Any]) -> str:
-    lines = [f"{result['path']}: {result['kind']}, {result['bytes']:,} bytes, {result['seconds']:.1f} s"]
-    lines += [f"  {text}: {state}" for state in ("applied", "refused") for text in result[state]]
-    lines.append(f"  holds for: {result['holds_for']}")
-    found = result["verified"]
-    if found is None:
-        lines.append("  not verified")
-    elif "parity" in found:
-        lines += [f"  fused: {', '.join(f'{n} {name}' for name, n in found['fused'].items() if n) or 'nothing'}"]
-        lines += [f"  fusions undone: {found['undone']}"] if found["undone"] else []
-        lines += [f"  {_parity(row)}" for row in found["parity"]]
-    else:
-        lines.append(f"  verified: {found}")
-    return "\n".join(lines)
-
-
-def _parity(row: dict[str, Any]) -> str:
-    dense = "" if row["dense"] is None else f", to the dense model {row['dense']:.1e}"
-    return f"{row['output']} at {row['sizes']}: error {row['error']:.1e} of {row['limit']:.0e}{dense}"
 
 
 def _note(message: str) -> None:

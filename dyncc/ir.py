@@ -280,13 +280,16 @@ def is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt)
 
 
+def size_expr(size: Any) -> Any:
+    """A size as a number or an expression over sizes."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are provably equal; adds no guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    ea = a.node.expr if isinstance(a, torch.SymInt) else a
-    eb = b.node.expr if isinstance(b, torch.SymInt) else b
-    return bool(ea == eb)
+    return bool(size_expr(a) == size_expr(b))
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:

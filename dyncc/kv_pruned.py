@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncc.passes.cut import row_count
+from dyncc.passes.kept_rows import row_count
 from dyncc.pipeline import render
 
 

@@ -224,6 +224,17 @@ def settle(options: Any) -> None:
             _check(name, declared, value)
 
 
+def at_least(options: Any, **least: int) -> None:
+    """Check numbers by their least values.
+
+    Raises:
+        BadOptionValue: one is lower.
+    """
+    for name, lowest in least.items():
+        if getattr(options, name) < lowest:
+            raise BadOptionValue(option=name, value=str(getattr(options, name)), problem=f"{lowest} is the least")
+
+
 def _check(name: str, declared: Any, value: Any) -> None:
     if isinstance(value, str) and not _WORD.fullmatch(value):
         raise BadOptionValue(option=name, value=repr(value), problem="spaces, braces and = cannot be written in a pipeline")

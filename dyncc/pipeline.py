@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dyncc import options as option_values
 from dyncc.errors import DuplicatePass, PipelineSyntaxError, UnknownOption, UnknownPass, near
@@ -37,11 +37,39 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """A published system: what its name `means`, a pass with options as a pipeline text, where it was published, how it differs from that,
+    and how sure the values are."""
+
+    name: str
+    means: str
+    citation: str
+    note: str
+    confidence: Literal["high", "medium", "low"]
+    needs: Literal["training-free", "fitting", "trained weights"] = "training-free"
+
+    @functools.cached_property
+    def _call(self) -> Call:
+        (call,) = parse(self.means)
+        return call
+
+    @property
+    def pass_name(self) -> str:
+        """The pass that it configures."""
+        return self._call.name
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """The texts of that pass's options."""
+        return self._call.options
+
+
+@dataclass(frozen=True)
 class Registry:
     """The names a pipeline may use. `passes` maps a name to what loads its class; a recipe names a pass and options."""
 
     passes: tuple[tuple[str, Callable[[], type]], ...]
-    recipes: tuple[Any, ...] = ()
+    recipes: tuple[Recipe, ...] = ()
     exact: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

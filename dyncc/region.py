@@ -9,8 +9,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from dyncc.analysis.axes import Axes, Dim, Read, size_expr
-from dyncc.ir import ancestors, descendants, emit, is_effect, is_tensor, operands, output_node, refresh, replace_operands, shape, val
+from dyncc.analysis.axes import Axes, Dim, Read
+from dyncc.ir import (
+    ancestors,
+    descendants,
+    emit,
+    is_effect,
+    is_tensor,
+    operands,
+    output_node,
+    refresh,
+    replace_operands,
+    shape,
+    size_expr,
+    val,
+)
 from dyncc.restrict import IT, Refusal, resize, where
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from dyncc.call_inputs import bindings, check_conditions, check_inputs, expected_inputs, flat_example, ordered, symbols
 from dyncc.capture import Signature, from_model
 from dyncc.driver import Outcome, rewrite
 from dyncc.engines import ALWAYS, lowered
 from dyncc.errors import DynccError, InputMismatch, RefusedError
 from dyncc.flops import count_flops
-from dyncc.ir import Program, is_tensor
+from dyncc.ir import Program
 from dyncc.masked import Masked, selections
 from dyncc.options import check_engine, check_evidence
 from dyncc.pass_tensors import brought_by, with_tensors
@@ -38,7 +39,7 @@ class Optimized:
     def __init__(self, outcome: Outcome, signature: Signature, settings: Settings, report: Report, example: Example | None = None):
         self._outcome, self._signature, self.report, self.example = outcome, signature, report, example
         self._settings = settings
-        self._dynamic = bool(_symbols(outcome.dense))
+        self._dynamic = bool(symbols(outcome.dense))
         self._expected = expected_inputs(outcome.dense)
         self._lowered: dict[Program, Any] = {}
 
@@ -132,7 +133,7 @@ class Optimized:
         size = target.meta["val"].shape[1]
         if isinstance(size, int):
             return size
-        return int(size.node.expr.xreplace(_bindings(self._outcome.dense, flat)))
+        return int(size.node.expr.xreplace(bindings(self._outcome.dense, flat)))
 
     def _run(self, function: Callable[..., Any], flat: list[Any]) -> Any:
         with torch.no_grad():
@@ -141,7 +142,7 @@ class Optimized:
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The call's tensors in the program's order, checked against what was captured."""
         signature = self._signature
-        kwargs = _ordered(kwargs, signature.in_spec)
+        kwargs = ordered(kwargs, signature.in_spec)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != signature.in_spec:
             problem = f"the call has {len(leaves)} values in another arrangement than the example"
@@ -152,7 +153,7 @@ class Optimized:
                 raise InputMismatch(problem=problem, hint="optimize again for another value")
         flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
         check_inputs(self._expected, flat)
-        check_conditions(signature, _bindings(self._outcome.dense, flat) if signature.conditions else {})
+        check_conditions(signature, bindings(self._outcome.dense, flat) if signature.conditions else {})
         return flat
 
     def _shaped(self, results: list[Any]) -> Any:
@@ -162,87 +163,8 @@ class Optimized:
         return pytree.tree_unflatten(kept, signature.out_spec)
 
 
-def _ordered(kwargs: dict[str, Any], spec: pytree.TreeSpec) -> dict[str, Any]:
-    """Keywords in the captured order."""
-    names = spec.child(1).context
-    return {n: kwargs[n] for n in names if n in kwargs} | {n: v for n, v in kwargs.items() if n not in names}
-
-
 def _same_constant(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
-
-
-def _symbols(program: Program) -> set[Any]:
-    found: set[Any] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and is_tensor(node):
-            for size in node.meta["val"].shape:
-                if isinstance(size, torch.SymInt):
-                    found |= size.node.expr.free_symbols
-    return found
-
-
-def _bindings(program: Program, flat: list[Any]) -> dict[Any, int]:
-    """The value of each size symbol in a call."""
-    bound: dict[Any, int] = {}
-    for node, value in zip((n for n in program.graph.nodes if n.op == "placeholder"), flat, strict=True):
-        if is_tensor(node):
-            for size, actual in zip(node.meta["val"].shape, value.shape, strict=True):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                    bound.setdefault(size.node.expr, actual)
-    return bound
-
-
-def expected_inputs(program: Program) -> list[tuple[int, str, Any]]:
-    """The place, name and fake tensor of each input that a call brings along."""
-    nodes = (n for n in program.graph.nodes if n.op == "placeholder")
-    pairs = enumerate(zip(nodes, program.inputs, strict=True))
-    return [(place, given.name, node.meta["val"]) for place, (node, given) in pairs if given.kind == "input"]
-
-
-def check_inputs(expected: list[tuple[int, str, Any]], flat: list[Any]) -> None:
-    """Sizes, dtypes and devices must be those captured; symbolic sizes must agree with each other and with their range.
-
-    Raises:
-        InputMismatch: one does not; the message names the input and dimension.
-    """
-    bound: dict[Any, int] = {}
-    for place, name, like in expected:
-        value = flat[place]
-        if not isinstance(value, torch.Tensor):
-            raise InputMismatch(problem=f"{name} is a {type(value).__name__}, not a tensor", hint="pass a tensor, as in the example")
-        if value.dtype != like.dtype or value.dim() != like.dim():
-            problem = f"{name} is {value.dtype} with {value.dim()} dimensions; captured were {like.dtype} with {like.dim()}"
-            raise InputMismatch(problem=problem, hint="convert it")
-        for dim, (size, actual) in enumerate(zip(like.shape, value.shape, strict=True)):
-            _check_size(name, dim, size, actual, bound)
-
-
-def check_conditions(signature: Signature, bound: dict[Any, int]) -> None:
-    """Raise InputMismatch where the sizes of a call break what capture had to assume of them."""
-    for condition in signature.conditions:
-        if condition.xreplace(bound) == False:  # noqa: E712  a sympy truth value
-            hint = "capture again with an example of these sizes"
-            raise InputMismatch(problem=f"the sizes {sorted(bound.values())} break {condition}, which capture assumed", hint=hint)
-
-
-def _check_size(name: str, dim: int, size: Any, actual: int, bound: dict[Any, int]) -> None:
-    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
-        size = int(size.node.expr)
-    if isinstance(size, int):
-        if actual != size:
-            hint = "pass dynamic_shapes to optimize() for sizes that vary"
-            raise InputMismatch(problem=f"{name}[{dim}] is {actual}, captured was {size}", hint=hint)
-        return
-    expr = size.node.expr
-    if not expr.is_symbol:
-        return
-    if bound.setdefault(expr, actual) != actual:
-        raise InputMismatch(problem=f"{name}[{dim}] is {actual}, but another input has {bound[expr]} there", hint="make them agree")
-    bounds = size.node.shape_env.bound_sympy(expr)
-    if actual < bounds.lower or actual > bounds.upper:
-        problem = f"{name}[{dim}] is {actual}, outside of {bounds.lower}..{bounds.upper}"
-        raise InputMismatch(problem=problem, hint="capture again with an example of that size")
 
 
 def optimize(
@@ -287,7 +209,7 @@ def optimize(
     calls = [(tuple(args), kwargs or {}), *((tuple(e), {}) for e in examples or ())]
     flat = [flat_example(program, signature, a, k) for a, k in calls]
     outcome = _rewrite(program, settings, flat, report)
-    optimized = Optimized(outcome, signature, settings, report, (tuple(args), _ordered(kwargs or {}, signature.in_spec)))
+    optimized = Optimized(outcome, signature, settings, report, (tuple(args), ordered(kwargs or {}, signature.in_spec)))
     if engine not in ALWAYS:
         optimized._engine(outcome.program, flat[0])
     if evidence == "timed" and settings.engine != "reference" and any(r.applied and r.nodes[0] for r in report.rewrites):
@@ -312,20 +234,6 @@ def _rewrite(program: Program, settings: Settings, flat: list[list[Any]], report
         warnings.warn(words, stacklevel=3)
         report.flops = {"dense": count_flops(program.graph), "now": count_flops(program.graph)}
         return Outcome(program, program, ())
-
-
-def flat_example(program: Program, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """A call's tensors in the program's order, behind the model's state.
-
-    Raises:
-        InputMismatch: they do not fit what was captured.
-    """
-    leaves, spec = pytree.tree_flatten((args, _ordered(kwargs, signature.in_spec)))
-    if spec != signature.in_spec:
-        raise InputMismatch(problem="the call's arguments are arranged in another way than at capture", hint="pass the same ones")
-    flat = [*signature.state, *(leaves[i] for i in signature.leaves)]
-    check_inputs(expected_inputs(program), flat)
-    return flat
 
 
 def explain(model: torch.nn.Module, *args: Any, passes: str | None = None, **kwargs: Any) -> Report:

@@ -21,24 +21,19 @@ from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.analysis.facts import Facts
 from dyncc.errors import BadOptionValue
 from dyncc.given_weights import AttentionGates, FadingGates, Gates, Lookahead
-from dyncc.ir import GETITEM, Program, argument, emit, output_node, outputs, shape, val
+from dyncc.ir import GETITEM, Program, argument, emit, output_node, outputs, shape
 from dyncc.kernels.evict_keys import (
     HIDDEN,
-    SUMS,
     WATCHED,
-    ahead_sums,
-    hide_pads,
     keep_keys,
-    last_rows,
-    probability_sums,
-    row_weights,
-    window_sums,
 )
 from dyncc.kernels.select_keys import select_keys, take_keys
-from dyncc.options import settle
-from dyncc.passes.drop_repeat_kv import repeated
-from dyncc.passes.given_scores import behind_old, check_gates, check_model, gated, load_given, rows_given
-from dyncc.passes.rows_ahead import Given, Look, RowsAhead, Site
+from dyncc.options import at_least, settle
+from dyncc.passes.earned_scores import EarnedScores, gate_scores
+from dyncc.passes.given_scores import check_gates, check_model, load_given, rows_given
+from dyncc.passes.rows_ahead import Look, RowsAhead, Site
+from dyncc.passes.trained_rows import Given
+from dyncc.pipeline import render
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -65,25 +60,25 @@ class EvictKV(Pass):
 
     def __post_init__(self) -> None:
         settle(self)
-        for name, least in (("budget", 1), ("window", 1), ("pool", 1), ("sinks", 0), ("recents", 0), ("every", 0), ("seed", -1)):
-            if getattr(self, name) < least:
-                raise BadOptionValue(option=name, value=str(getattr(self, name)), problem=f"{least} is the least")
+        at_least(self, budget=1, window=1, pool=1, sinks=0, recents=0, every=0, seed=-1)
+        if wrong := self._problem():
+            raise BadOptionValue(option=wrong[0], value=str(getattr(self, wrong[0])), problem=wrong[1])
+
+    def _problem(self) -> tuple[str, str] | None:
+        """The option that does not fit and why, or None."""
         if self.sinks + self.recents > self.budget:
-            problem = f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
-            raise BadOptionValue(option="budget", value=str(self.budget), problem=problem)
+            return "budget", f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
         if self.pool % 2 == 0:
-            raise BadOptionValue(option="pool", value=str(self.pool), problem="a key stands in the middle of its pool: take an odd number")
+            return "pool", "a key stands in the middle of its pool: take an odd number"
         if not 0.0 < self.decay <= 1.0:
-            raise BadOptionValue(option="decay", value=str(self.decay), problem="it lies above 0 and is 1 at most")
+            return "decay", "it lies above 0 and is 1 at most"
         if self.score in ("ahead", "gate") and self.every:
-            problem = f"score={self.score} looks once, when the prompt ends: every=0"
-            raise BadOptionValue(option="every", value=str(self.every), problem=problem)
+            return "every", f"score={self.score} looks once, when the prompt ends: every=0"
         if self.score == "fade" and not self.every:
-            raise BadOptionValue(option="every", value="0", problem="score=fade looks at keys as they age: every=1 or more")
+            return "every", "score=fade looks at keys as they age: every=1 or more"
         if self.file is not None and not self.wants_new:
-            raise BadOptionValue(option="file", value=self.file, problem=f"score={self.score} needs no trained weights")
-        if self.temperature <= 0:
-            raise BadOptionValue(option="temperature", value=str(self.temperature), problem="it lies above 0")
+            return "file", f"score={self.score} needs no trained weights"
+        return ("temperature", "it lies above 0") if self.temperature <= 0 else None
 
     @property
     def wants_new(self) -> bool:
@@ -115,11 +110,14 @@ class EvictKV(Pass):
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Serve every marked cache, or shorten the keys and values that a prompt returns."""
-        marks = [n for n in program.graph.nodes if n.target is WATCHED and argument(n, "policy") == self._text()]
+        marks = [n for n in program.graph.nodes if n.target is WATCHED and argument(n, "policy") == render([self])]
         if marks:
             return self._serve(marks, program, facts, context)
         if self.file is not None or self.score in ("fade", "gate"):
             raise Refusal("trained weights come with dyncc.KVCache: compile the model and give it a cache made with this pass")
+        return self._shorten_all(program, facts)
+
+    def _shorten_all(self, program: Any, facts: Facts) -> PassResult:
         done, misses, shortened, held = 0, [], set(), {}
         for region in facts.attention:
             try:
@@ -128,9 +126,10 @@ class EvictKV(Pass):
                 misses.append(f"attention {region.index}: {refusal}")
         returned = outputs(program.graph)
         looks = self._look(facts, None, [Site(r, returned[k], returned[v]) for r, (k, v) in held.items()])
+        earned = EarnedScores(self, looks)
         for region, at in held.items():
             try:
-                self._shorten(program, region, at, looks)
+                self._shorten(program, region, at, earned)
                 shortened |= set(at)
                 done += 1
             except Refusal as refusal:
@@ -139,11 +138,6 @@ class EvictKV(Pass):
             raise Refusal(misses[0] if misses else "the graph has no attention")
         gain = f"the steps that follow hold {self.budget:,} of the prompt's keys a head"
         return PassResult(done, facts.expected, misses=tuple(misses), shortened_outputs=frozenset(shortened), pays_from=gain)
-
-    def _text(self) -> str:
-        from dyncc.pipeline import render
-
-        return render([self])
 
     def _serve(self, marks: list[fx.Node], program: Program, facts: Facts, context: Context) -> PassResult:
         """Put the keys themselves and their new scores in place of each mark."""
@@ -154,15 +148,16 @@ class EvictKV(Pass):
             check_gates(given, facts)
         rows = rows_given(given, marks[0].args[3], parameters) if isinstance(given, Lookahead) else None
         looks = self._look(facts, rows, [Site(readers[m], *m.args[2]) for m in marks if m in readers and m.args[2]])
+        earned = EarnedScores(self, looks)
         for number, mark in enumerate(marks):
             region = readers.get(mark)
             if region is None:
                 raise Refusal(f"no attention that dyncc understands reads the keys of cache layer {number}")
             keys, old, new, gate, _, rows, start = mark.args
             if isinstance(given, Gates):
-                scores = self._gated(region, given, old, new[0], gate)
+                scores = gate_scores(region, given, old, new[0], gate)
             else:
-                scores = self._scores(region, shape(keys)[1], old, rows, start, looks)
+                scores = earned.scores(region, shape(keys)[1], old, rows, start)
             for user in list(mark.users):
                 user.replace_all_uses_with(keys if user.args[1] == 0 else scores)
                 user.graph.erase_node(user)
@@ -188,86 +183,13 @@ class EvictKV(Pass):
             raise Refusal("it has one query row; evict-kv acts on prompts, and in decoding steps with dyncc.KVCache(passes=...)")
         return held[0], held[1]
 
-    def _shorten(self, program: Any, region: AttentionRegion, held: tuple[int, int], looks: dict[fx.Node, Look]) -> None:
+    def _shorten(self, program: Any, region: AttentionRegion, held: tuple[int, int], earned: EarnedScores) -> None:
         """Return the kept rows of one attention's keys and values."""
         returned, out = outputs(program.graph), output_node(program.graph)
-        kept = emit(out, self.choose, self._scores(region, shape(returned[held[0]])[1], None, None, 0, looks))
+        kept = emit(out, self.choose, earned.scores(region, shape(returned[held[0]])[1], None, None, 0))
         for i in held:
             returned[i] = emit(out, take_keys, returned[i], kept)
         out.args = (tuple(returned),)
-
-    def _scores(
-        self, region: AttentionRegion, groups: Any, old: fx.Node | None, rows: Any, start: Any, looks: dict[fx.Node, Look]
-    ) -> fx.Node:
-        """What each key [B, G, N] has earned after this call."""
-        if region.extras:
-            raise Refusal(region.extras)
-        mask = region.mask
-        if mask is not None and (len(shape(mask)) != 4 or shape(mask)[1] != 1):
-            raise Refusal(f"its mask is {list(shape(mask))}; one mask for all heads, [batch, 1, rows, keys], can be followed")
-        if region.out in looks:
-            return self._asked(region, looks[region.out])
-        return self._fused(region, old, rows, start) if region.fused else self._spelled(region, groups, old)
-
-    def _fused(self, region: AttentionRegion, old: fx.Node | None, rows: Any, start: Any) -> fx.Node:
-        q, k = region.q, repeated(region.k) or region.k
-        if len(shape(q)) != 4 or len(shape(k)) != 4:
-            raise Refusal(f"its queries are {list(shape(q))}, not [batch, heads, rows, width]")
-        causal, scale = argument(region.out, "is_causal", False), argument(region.out, "scale")
-
-        def compute(q: Any, k: Any, mask: Any, old: Any, start: Any) -> Any:
-            if isinstance(rows, int) and rows == 1:  # transformers packs the heads of a single row as rows
-                q = q.reshape(q.shape[0], -1, 1, q.shape[3])
-            weights = row_weights(mask, q.shape[0], q.shape[2], self.decay, q.device)
-            if self.score == "received":
-                mask4 = None if mask is None else mask.expand(q.shape[0], 1, q.shape[2], k.shape[2])
-                sums = SUMS(q, k, mask4, weights, causal, scale, self.temperature, self.seed, start)
-            elif self.score == "window":
-                sums = window_sums(q, k, mask, weights, self.window, causal, scale)
-            else:
-                sums = k.new_zeros((k.shape[0], k.shape[1], k.shape[2]), dtype=torch.float32)
-            return self._total(sums, old, mask, q.shape[2])
-
-        made: fx.Node = emit(region.out, compute, q, k, region.mask, old, start)
-        return made
-
-    def _asked(self, region: AttentionRegion, look: Look) -> fx.Node:
-        scale = argument(region.out, "scale")
-
-        def compute(q: Any, k: Any, seen: Any, mask: Any) -> Any:
-            return hide_pads(ahead_sums(q, k, seen, scale), mask)
-
-        made: fx.Node = emit(look.out, compute, look.q, look.k, look.mask, region.mask)
-        return made
-
-    def _gated(self, region: AttentionRegion, given: Any, old: fx.Node, keys: fx.Node, gate: list[fx.Node]) -> fx.Node:
-        fresh = gated(given, keys, gate, region.mask, region.out)
-        made: fx.Node = emit(region.out, lambda fresh, old, mask: hide_pads(behind_old(fresh, old), mask), fresh, old, region.mask)
-        return made
-
-    def _spelled(self, region: AttentionRegion, groups: Any, old: fx.Node | None) -> fx.Node:
-        """Its probabilities stand in the graph."""
-        if self.seed >= 0 or self.temperature != 1.0:
-            raise Refusal("noise and temperature act before the softmax, which is spelled out; load it with attn_implementation='sdpa'")
-        if region.mask is not None and not val(region.mask).is_floating_point():
-            raise Refusal("its mask is boolean and may mean either; load the model with attn_implementation='sdpa'")
-
-        def compute(probabilities: Any, mask: Any, old: Any) -> Any:
-            batch, _, rows, _ = probabilities.shape
-            weights = row_weights(mask, batch, rows, self.decay, probabilities.device)
-            count = last_rows(rows, self.window) if self.score == "window" else rows
-            last, weights = probabilities.narrow(2, rows - count, count), weights.narrow(1, rows - count, count)
-            return self._total(probability_sums(last, weights, groups), old, mask, rows)
-
-        made: fx.Node = emit(region.out, compute, region.softmax, region.mask, old)
-        return made
-
-    def _total(self, sums: Any, old: Any, mask: Any, rows: Any) -> Any:
-        """What was earned before, aged by these rows, and now; a window is looked at anew by each call."""
-        if old is not None and self.score == "received":
-            aged = self.decay ** torch.arange(rows, rows + 1, device=sums.device) if self.decay != 1.0 else 1.0
-            sums = old.clamp(min=0.0) * aged + sums
-        return hide_pads(sums, mask)
 
 
 def _behind(region: AttentionRegion) -> set[fx.Node]:

@@ -11,22 +11,21 @@ the result when fused. Weights that somebody reads are not fused away.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from dyncc.analysis.facts import Facts
-from dyncc.analysis.mask_values import evaluate
+from dyncc.analysis.mask_values import Abstract, evaluate
 from dyncc.analysis.slopes import read_slopes
-from dyncc.analysis.spelled import Mask, NotRead, Spelled, read, softmaxes
+from dyncc.analysis.spelled import NotRead, Spelled, read, softmaxes
 from dyncc.analysis.spelled_softmax import as_softmax, written_softmaxes
 from dyncc.ir import aten, emit, is_mutating, op_name, operands, same_size, shape, val
-from dyncc.kernels.fused_attention import ATTEND
-from dyncc.passes.simplify_mask import edge_of
+from dyncc.passes.attention_frame import Form, frame_of, padded, turned
+from dyncc.passes.join_masks import join_masks
+from dyncc.passes.mask_edges import edge_of
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -49,11 +48,12 @@ class FuseAttention(Pass):
         whole, written = softmaxes(program.graph), written_softmaxes(program.graph)
         if not whole and not written:
             raise Refusal("no softmax in the graph: its attention is fused already")
+        known: dict[fx.Node, Abstract] = {}
         done, misses = 0, []
         for site in (*whole, *written):
             try:
                 with nullcontext(site) if isinstance(site, fx.Node) else as_softmax(site) as softmax:
-                    _fuse(read(softmax, () if isinstance(site, fx.Node) else site.parts), program.needs_grad)
+                    _fuse(read(softmax, () if isinstance(site, fx.Node) else site.parts), program.needs_grad, known)
                 done += 1
             except NotRead as why:
                 misses.append(f"{(site if isinstance(site, fx.Node) else site.out).name}: {why}")
@@ -62,26 +62,8 @@ class FuseAttention(Pass):
         return PassResult(done, len(whole) + len(written), misses=tuple(misses))
 
 
-@dataclass(frozen=True)
-class Frame:
-    """How an attention's dimensions become [B, H, T, D]: `rank` of its weights, `heads` where products merge them with the batch,
-    `grouped` where keys have a dimension of 1 for the heads of a group."""
-
-    rank: int
-    heads: int
-    grouped: bool
-
-    def four(self, x: Tensor, shared: bool = False) -> Tensor:
-        """[B, H, T, D] of queries, keys, values or a mask; `shared` is of keys and values that the heads of a group share."""
-        if self.rank == 5:
-            return x.squeeze(2) if shared or (x.shape[1] == 1 and x.shape[2] == 1) else x.flatten(1, 2)
-        if x.dim() == 3 and self.rank == 4:
-            return x.unflatten(0, (-1, self.heads))
-        return x[(None,) * (4 - self.rank)] if self.rank < 4 else x
-
-
-def _fuse(spelled: Spelled, needs_grad: bool) -> None:
-    """Put the fused node in place of one attention.
+def _fuse(spelled: Spelled, needs_grad: bool, known: dict[fx.Node, Abstract]) -> None:
+    """Put the fused node in place of one attention; `known` are abstract values of masks.
 
     Raises:
         NotRead: its sizes are not those of an attention, or gradients would be lost.
@@ -91,13 +73,13 @@ def _fuse(spelled: Spelled, needs_grad: bool) -> None:
     beyond = {"cap": spelled.cap} if spelled.cap else {}
     if needs_grad and (spelled.cap or spelled.sinks):
         raise NotRead("gradients are on, for which attention with a soft cap or sinks stays written out; wrap the call in torch.no_grad()")
-    frame = _frame(spelled)
-    k = spelled.kt.args[0] if _turned(spelled.kt) else spelled.kt
+    frame = frame_of(spelled)
+    k = spelled.kt.args[0] if turned(spelled.kt) else spelled.kt
     sloped = None if needs_grad else read_slopes(spelled.masks)
     masks = spelled.masks if sloped is None else list(sloped.rest)
     form = Form(frame, val(out).dtype, spelled.scale * (spelled.cap or 1.0), k is spelled.kt, len(shape(out)))
-    mask = emit(out, _masks(masks, frame, form.dtype), *(m.node for m in masks)) if masks else None
-    if not needs_grad and _pays_to_count(mask, spelled):
+    mask = emit(out, join_masks(masks, frame, form.dtype), *(m.node for m in masks)) if masks else None
+    if not needs_grad and _pays_to_count(mask, spelled, known):
         beyond["window"] = 0
     named = {"sinks": spelled.sinks, "slopes": None if sloped is None else sloped.node}
     ranks = {"sinks": frame.rank, "slopes": 0 if sloped is None else len(shape(sloped.at))}
@@ -107,7 +89,7 @@ def _fuse(spelled: Spelled, needs_grad: bool) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *extras: Any) -> Tensor:
         more = dict(beyond)
         for name, x in zip(named, extras[split:], strict=True):
-            x = _padded(frame, x, ranks[name]) if isinstance(x, Tensor) else q.new_full((1, 1, 1, 1), x)
+            x = padded(frame, x, ranks[name]) if isinstance(x, Tensor) else q.new_full((1, 1, 1, 1), x)
             more[name] = x.to(form.dtype) if name == "sinks" else x if sloped is None or sloped.factor == 1.0 else x * sloped.factor
         return form.attend(math.prod(extras[:split], start=q), k, v, mask, more)
 
@@ -120,103 +102,13 @@ def _fuse(spelled: Spelled, needs_grad: bool) -> None:
     out.graph.erase_node(out)
 
 
-@dataclass(frozen=True)
-class Form:
-    """The fused call of one attention: its `frame`, the result's type and number of dimensions, the scale, and whether keys come as k'."""
-
-    frame: Frame
-    dtype: torch.dtype
-    scale: float
-    flip: bool
-    rank: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, more: dict[str, Any]) -> Tensor:
-        """The node, between views of its operands and of its result."""
-        frame = self.frame
-        four = frame.four(q), frame.four(k.transpose(-1, -2) if self.flip else k, frame.grouped), frame.four(v, frame.grouped)
-        queries, keys, values = (x if x.dtype == self.dtype else x.to(self.dtype) for x in four)
-        op = ATTEND if more else aten.scaled_dot_product_attention.default
-        if keys.shape[1] != queries.shape[1]:
-            more = {**more, "enable_gqa": True}
-        out: Tensor = op(queries, keys, values, mask, 0.0, False, scale=self.scale, **more)
-        if self.rank == 5:
-            return out.unflatten(1, (q.shape[1], -1))
-        return out.flatten(0, 1) if self.rank == 3 and frame.rank == 4 else out[(0,) * (4 - self.rank)] if self.rank < 4 else out
-
-
-def _turned(node: fx.Node) -> bool:
-    """Whether a node only swaps the last two dimensions of its operand."""
-    rank = len(shape(node))
-    if op_name(node) in ("mT", "t", "numpy_T"):
-        return op_name(node) == "mT" or rank == 2
-    return op_name(node) == "transpose" and {d % rank for d in node.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[operator]
-
-
-def _frame(spelled: Spelled) -> Frame:
-    weights, product = shape(spelled.softmax), shape(spelled.product)  # type: ignore[arg-type]
-    q, kt, v = (shape(n) for n in (spelled.q, spelled.kt, spelled.v))  # type: ignore[arg-type]
-    rank, heads = len(weights), weights[1] if len(weights) > 3 else 1
-    if len(kt) == 2 and len(q) > 2:
-        raise NotRead("its keys are a memory that all tokens share: what it holds grows with tokens alone, and fusing saves nothing")
-    if not len(q) == len(kt) == len(product) or not all(same_size(a, b) for a, b in zip(q[:-2], product[:-2], strict=True)):
-        raise NotRead("queries are repeated along a dimension of the keys")
-    if rank > 5 or {len(q), len(v)} - {rank} - ({3} if rank == 4 and isinstance(heads, int) else set()):
-        raise NotRead(f"its weights have {rank} dimensions and its products {len(q)} and {len(v)}")
-    keys = [*kt[:-2]], [*v[:-2]]
-    if len(v) == len(q) and not all(same_size(a, b) for a, b in zip(*keys, strict=True)):
-        raise NotRead("keys and values have different heads")
-    grouped = rank == 5 and same_size(kt[2], 1) and not same_size(q[2], 1)
-    wide = range(2) if grouped else range(1) if rank == 4 and same_size(kt[1], 1) else range(len(kt) - 2)
-    if not all(same_size(kt[i], q[i]) for i in wide):
-        raise NotRead("keys are shared along a dimension that is not that of heads")
-    return Frame(rank, heads, grouped)
-
-
-def _pays_to_count(mask: fx.Node | None, spelled: Spelled) -> bool:
+def _pays_to_count(mask: fx.Node | None, spelled: Spelled, known: dict[fx.Node, Abstract]) -> bool:
     """Whether a mask is a window or a prefix of so few keys that counting them, which SDPA cannot, leaves half of the logits out."""
     rows, keys = shape(spelled.softmax)[-2], shape(spelled.product)[-1]  # type: ignore[arg-type]
-    if mask is None or not isinstance(keys, int) or keys < LONG or rows != keys or shape(mask)[-2:] != (rows, keys):
+    if mask is None or not isinstance(keys, int) or keys < LONG:
         return False
-    edge = edge_of(evaluate(mask, {}), additive=val(mask).is_floating_point())
+    edge = edge_of(evaluate(mask, known), mask, rows, keys)
     return edge is not None and 0 < max(edge) <= keys // 2
-
-
-def _masks(masks: list[Mask], frame: Frame, dtype: torch.dtype) -> Callable[..., Tensor | None]:
-    """What makes one mask of all: bool where nothing is added and hidden logits are -inf, else added."""
-    told: list[tuple[Mask, int]] = [(m, len(shape(m.at))) for m in masks]
-    boolean = all(m.kind != "added" and m.value == float("-inf") for m, _ in told)
-    if any(m.kind == "added" and val(m.node).dtype == torch.bool for m, _ in told):
-        raise NotRead("a boolean is added to the logits")
-
-    def joined(*tensors: Tensor) -> Tensor | None:
-        bias: Tensor | None = None
-        seen: Tensor | None = None
-        hidden = 0.0
-        for (mask, rank), tensor in zip(told, tensors, strict=True):
-            part = _padded(frame, tensor, rank)
-            if mask.kind == "added":
-                part = (part if mask.factor == 1.0 else part * mask.factor).to(dtype)
-                bias = part if bias is None else bias + part
-            else:
-                part = part if mask.kind == "seen" else torch.logical_not(part)
-                seen = part if seen is None else torch.logical_and(seen, part)
-                hidden = min(hidden, max(mask.value, torch.finfo(dtype).min) if mask.value > float("-inf") else mask.value)
-        if seen is None or boolean:
-            return seen if bias is None else bias
-        least = torch.finfo(dtype).min if hidden > float("-inf") else hidden
-        return torch.where(seen, aten.scalar_tensor(0.0, dtype=dtype, device=seen.device) if bias is None else bias, least)
-
-    return joined
-
-
-def _padded(frame: Frame, mask: Tensor, rank: int) -> Tensor:
-    """A mask as it was broadcast to logits of `rank` dimensions, in four."""
-    mask = mask[(None,) * (rank - mask.dim())] if mask.dim() < rank else mask
-    if frame.rank == 4 and rank == 3:
-        return mask.unsqueeze(0) if mask.shape[0] == 1 else frame.four(mask)
-    if frame.rank == 5 and (mask.shape[1] == 1) != (mask.shape[2] == 1):
-        raise NotRead("a mask differs among the heads of a group or among groups alone")
-    return frame.four(mask)
 
 
 def _loosen_views(out: fx.Node) -> None:

@@ -30,7 +30,7 @@ from dyncc.given_weights import (
 )
 from dyncc.ir import Program, emit, op_name, operands, shape
 from dyncc.kernels.select_keys import visible_keys
-from dyncc.passes.rows_ahead import Given
+from dyncc.passes.trained_rows import Given
 from dyncc.restrict import Refusal, where
 from dyncc.stamped_file import digest
 

@@ -7,7 +7,7 @@ from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes, Dim
-from dyncc.analysis.axis_rules import counts_up
+from dyncc.analysis.axis_positions import counts_up
 from dyncc.ir import ancestors, argument, emit, is_tensor, op_name, operands, same_size, shape, val
 from dyncc.restrict import Refusal
 

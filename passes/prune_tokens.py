@@ -22,7 +22,8 @@ from dyncc.kernels.thin_keys import THIN
 from dyncc.options import Keep, Layers, settle
 from dyncc.passes.autoregressive import refuse_looking_ahead
 from dyncc.passes.cache_rows import hold_short, marks, read_held
-from dyncc.passes.cut import Cut, Kept, make_cut
+from dyncc.passes.cut import Cut, make_cut
+from dyncc.passes.kept_rows import Kept
 from dyncc.passes.padding import padding_input, real_rows
 from dyncc.passes.reads import Reads, output_reads
 from dyncc.pipeline import render

@@ -32,7 +32,7 @@ from dyncc.kernels.route_rows import router_scores
 from dyncc.options import Layers, settle
 from dyncc.pass_tensors import brought, check_belongs
 from dyncc.passes.autoregressive import refuse_looking_ahead
-from dyncc.passes.cut import row_count
+from dyncc.passes.kept_rows import row_count
 from dyncc.passes.one_stack import one_stack
 from dyncc.passes.padding import padding_input, real_rows
 from dyncc.passes.some_rows import run_some_rows, select_rows_of

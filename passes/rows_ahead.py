@@ -8,9 +8,8 @@ Side conditions: attention is SDPA; every op on the way works row by row (its ax
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +17,12 @@ from torch.nn import functional as F
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.axes import Axes, Dim
-from dyncc.ir import argument, emit, is_mutating, op_name, operands, refresh, same_size, shape, val
+from dyncc.ir import argument, emit, is_mutating, op_name, operands, refresh, same_size, shape
 from dyncc.kernels.evict_keys import ahead_mask
 from dyncc.passes.drop_repeat_kv import repeated
-from dyncc.passes.token_inputs import SAME, says_what
+from dyncc.passes.next_rows import go_on, look_up, says_content
+from dyncc.passes.token_inputs import SAME
+from dyncc.passes.trained_rows import Given, adapted, embedded
 from dyncc.restrict import Refusal, resize, where
 
 
@@ -43,16 +44,6 @@ class Look:
     k: fx.Node
     mask: fx.Node
     out: fx.Node
-
-
-@dataclass(frozen=True)
-class Given:
-    """What was trained for the rows: their embeddings `rows` [P, C], and by weights [out, in] of linear layers `down` [r, in] and `up`
-    [out, r], whose product times `scale` is added to the weight."""
-
-    rows: fx.Node
-    adapters: Mapping[fx.Node, tuple[fx.Node, fx.Node]]
-    scale: float
 
 
 class RowsAhead:
@@ -109,13 +100,11 @@ class RowsAhead:
         if op_name(node) == "slice" and argument(node, "dim", 0) % len(shape(node)) in places:
             return self.made[slots[0]]
         if op_name(node) == "embedding" and not self._is_content(slots[1]):
-            return self._look_up(node, slots)
+            return look_up(node, slots[0], self.made[slots[1]])
         if op_name(node) == "embedding" and self.given is not None:
-            return self._embedded(node, self.given.rows)
+            return embedded(node, self.given.rows)
         made = self._copy(node, places)
-        if self.given is None or op_name(node) != "linear" or slots[1] not in self.given.adapters:
-            return made
-        return self._adapted(node, made, *self.given.adapters[slots[1]])
+        return adapted(node, made, self.given) if self.given is not None and op_name(node) == "linear" else made
 
     def _check(self, node: fx.Node, slots: list[fx.Node], places: list[int]) -> None:
         op = self.axes.ops.get(node)
@@ -140,47 +129,16 @@ class RowsAhead:
             raise Refusal(f"{where(node)} does not fit rows behind the prompt ({str(error).splitlines()[0]})") from error
         return made
 
-    def _embedded(self, node: fx.Node, rows: fx.Node) -> fx.Node:
-        if len(shape(node)) != 3 or not same_size(shape(node)[2], shape(rows)[1]):
-            raise Refusal(f"{where(node)} gives {list(shape(node))}, the rows given are {list(shape(rows))}")
-        made: fx.Node = emit(node.next, lambda x, rows: rows.to(x).expand(x.shape[0], -1, -1), node, rows)
-        return made
-
-    def _adapted(self, node: fx.Node, made: fx.Node, down: fx.Node, up: fx.Node) -> fx.Node:
-        assert self.given is not None
-        scale = self.given.scale
-
-        def add(whole: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-            return whole + scale * F.linear(F.linear(x, down.to(x)), up.to(x))
-
-        wider: fx.Node = emit(node.next if made.next is node.next else made.next, add, made, operands(made)[0], down, up)
-        return wider
-
     def _start(self, node: fx.Node, dim: int) -> fx.Node:
-        """Rows that come from outside: an input, or positions."""
-        count = self.count
-        before = next(n for n in node.graph.nodes if n.op != "placeholder") if node.op == "placeholder" else node.next
-        if op_name(node) != "arange" and (node.op != "placeholder" or node.meta.get("role") != "input"):
-            raise Refusal(f"{where(node)} holds a row for each token, and nothing says how it goes on behind the prompt")
-        if node.op == "placeholder" and (val(node).is_floating_point() or says_what(node, dim)):
+        made = go_on(node, dim, self.count)
+        if says_content(node, dim):
             self.content.add(node)
-            made = emit(before, lambda x: _last(x, count, dim), node)
-        else:
-            made = emit(before, lambda x: _count_on(x, count, dim), node)
-        assert isinstance(made, fx.Node)
         return made
 
     def _is_content(self, node: fx.Node) -> bool:
         while op_name(node) in SAME:
             node = operands(node)[0]
         return node in self.content
-
-    def _look_up(self, node: fx.Node, slots: list[fx.Node]) -> fx.Node:
-        """Learned positions end somewhere: rows behind their last one stand at it."""
-        rest = node.args[2:]
-        look = lambda table, at: torch.ops.aten.embedding.default(table, at.clamp(max=table.shape[0] - 1), *rest)  # noqa: E731
-        made: fx.Node = emit(node.next, look, slots[0], self.made[slots[1]])
-        return made
 
     def _attend(self, site: Site) -> None:
         region, count = site.region, self.count
@@ -203,15 +161,3 @@ class RowsAhead:
 
 def _behind(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat([old, new], 2)
-
-
-def _last(rows: Tensor, count: int, dim: int) -> Tensor:
-    at = torch.arange(count, device=rows.device) + (rows.shape[dim] - count)
-    return rows.index_select(dim, at.clamp(min=0))
-
-
-def _count_on(positions: Tensor, count: int, dim: int) -> Tensor:
-    more = torch.arange(1, count + 1, device=positions.device, dtype=positions.dtype)
-    wide: list[Any] = [1] * positions.dim()
-    wide[dim] = count
-    return positions.narrow(dim, positions.shape[dim] - 1, 1) + more.view(wide)

@@ -13,35 +13,21 @@ each layer's votes (layer_budgets.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import fx
-
-from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.facts import Facts
 from dyncc.errors import BadOptionValue
-from dyncc.ir import argument, emit, is_symbolic, shape
-from dyncc.kernels.one_row import ATTEND_ROW, SCORE_KEYS, SELECT_BEST
-from dyncc.kernels.select_keys import (
-    NUMBERS,
-    attend_selected_logits,
-    newest,
-    pair_scores,
-    shared_scores,
-    visible_keys,
-    visible_logits,
-)
-from dyncc.kernels.select_keys.former import choose_spans
-from dyncc.options import Layers, settle
+from dyncc.ir import is_symbolic, shape
+from dyncc.options import Layers, at_least, settle
 from dyncc.pair_order import PairOrder
-from dyncc.passes.decode_sites import Choice, logits, parts, problem, state_mark
-from dyncc.passes.former_choice import Before, FormerChoice, keep_state, look_back_problem
+from dyncc.passes.decode_sites import Choice, problem, state_mark
+from dyncc.passes.former_choice import FormerChoice, look_back_problem
+from dyncc.passes.key_choice import KeyChooser
 from dyncc.passes.layer_budgets import LayerBudgets
 from dyncc.passes.page_choice import PAGE_SCORES, PageChoice
 from dyncc.passes.pair_choice import read_pairs
+from dyncc.pipeline import render
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -84,16 +70,17 @@ class SelectKV(Pass):
 
     def __post_init__(self) -> None:
         settle(self)
-        for name, least in (("budget", 1), ("sinks", 0), ("recents", 0), ("dense", 0), ("reuse", 0), ("page", 1), ("pairs", 1)):
-            if getattr(self, name) < least:
-                raise BadOptionValue(option=name, value=str(getattr(self, name)), problem=f"{least} is the least")
+        at_least(self, budget=1, sinks=0, recents=0, dense=0, reuse=0, page=1, pairs=1)
+        if wrong := self._problem():
+            raise BadOptionValue(option=wrong[0], value=str(getattr(self, wrong[0])), problem=wrong[1])
+
+    def _problem(self) -> tuple[str, str] | None:
+        """The option that does not fit and why, or None."""
         if wrong := self.pages.problem():
-            raise BadOptionValue(option=wrong[0], value=str(getattr(self, wrong[0])), problem=wrong[1])
+            return wrong
         if self.sinks + self.recents > self.budget:
-            problem = f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
-            raise BadOptionValue(option="budget", value=str(self.budget), problem=problem)
-        if self._looks_back and (wrong := look_back_problem(self)):
-            raise BadOptionValue(option=wrong[0], value=str(getattr(self, wrong[0])), problem=wrong[1])
+            return "budget", f"it must hold the {self.sinks} sinks and {self.recents} recents that always stay"
+        return look_back_problem(self) if self.looks_back else None
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Rewrite every attention of a decoding step; refuse when there is none."""
@@ -104,27 +91,26 @@ class SelectKV(Pass):
             raise Refusal(f"dense={self.dense} leaves none of the {len(facts.attention)} attentions")
         growing = any(is_symbolic(shape(r.v)[-2]) for r in sites)
         chosen_by = set(self.layers.resolve(len(facts.attention))) if self.layers is not None else None
-        problems = {r.index: problem(r, self.score, self._looks_back, self._text) for r in sites}
+        text = render([self])
+        problems = {r.index: problem(r, self.score, self.looks_back, text) for r in sites}
         misses = [f"attention {index}: {why}" for index, why in problems.items() if why]
         fit = [r for r in sites if not problems[r.index]]
-        marks = {r.index: mark for r in fit if (mark := state_mark(r, self._text)) is not None} if self._looks_back else {}
-        done, whole = 0, 0
+        marks = {r.index: mark for r in fit if (mark := state_mark(r, text)) is not None} if self.looks_back else {}
+        order = read_pairs(str(self.file), self.pairs, facts.attention, program, context.values) if fit and self.score == "pairs" else None
+        chooser = KeyChooser(self, order, marks)
+        done, whole, served = 0, 0, 0
         choice: Choice | None = None
-        order: PairOrder | None = None
-        served = 0
         for region in fit:
-            if self.file is not None and self.score == "pairs" and order is None:
-                order = read_pairs(self.file, self.pairs, facts.attention, program, context.values)
             due = served == self.reuse if chosen_by is None else region.index in chosen_by
             chooses = choice is None or due or not choice.fits(region)
             if choice is None or chooses:
-                choice, served = self._choose(region, order, marks), 0
+                choice, served = chooser.choose(region), 0
             else:
                 served += 1
             if chooses and self.full:
                 whole += 1
                 continue
-            self._attend(region, choice.index)
+            chooser.attend(region, choice.index)
             done += 1
         if not done:
             raise Refusal(misses[0] if misses else "every attention chooses and sees all keys; give reuse= or layers=")
@@ -151,89 +137,9 @@ class SelectKV(Pass):
         return FormerChoice(self.similar, self.cosine, self.compare, self.share, spans)
 
     @property
-    def _looks_back(self) -> str:
-        """The option that does; ''."""
+    def looks_back(self) -> str:
+        """The option by which steps look back to the one before; ''."""
         return "density=true" if self.density else f"similar={self.similar}" if self.similar is not None else ""
-
-    @property
-    def _text(self) -> str:
-        from dyncc.pipeline import render
-
-        return render([self])
-
-    def _choose(self, region: AttentionRegion, order: PairOrder | None, marks: Mapping[int, fx.Node]) -> Choice:
-        """The choice of one attention, computed in front of it; `marks` stand for what the caches of attentions remember."""
-        q, k, v = parts(region)
-        if not region.fused:
-            return Choice(self._choose_by_logits(region, v), shape(region.softmax)[1], tuple(shape(v)[1:3]))
-        kept = self.pages.kept(region) if self.score in PAGE_SCORES else []
-        mark, former = marks.get(region.index), self.former
-        state: list[Any] = list(mark.args[1]) if mark is not None else []  # type: ignore[arg-type]
-        if isinstance(former, LayerBudgets):
-            state = [entropy for other in marks.values() for entropy in other.args[1]]  # type: ignore[union-attr]
-            state = [*state, state[list(marks).index(region.index)]] if all(e.op == "placeholder" for e in state) else []  # else new
-        masks = [region.mask] if region.mask is not None else []
-        scale = argument(region.out, "scale")
-        rows = order.best(region.index, self.pairs) if order is not None else []
-
-        def choose(q: Any, k: Any, *more: Any) -> Any:
-            visible = visible_keys(more[-1]) if masks else None
-            old = more[len(kept) :][: len(state)]
-            if isinstance(former, LayerBudgets):
-                return former.keys(SCORE_KEYS(q, k, visible, self.score, self.share, scale), visible, former.counts(old))
-            before = former.before(q, *old) if former is not None else None
-            if self.score in PAGE_SCORES:
-                index = self.pages.keys(q, k, visible, more[: len(kept)], before)
-            else:
-                index = self._keys(q, k, visible, scale, rows, before)
-            return index if before is None or former is None else (index, *former.after(q, before, index))
-
-        made: Any = emit(region.out, choose, q, k, *kept, *state, *masks)
-        if mark is not None:
-            made, *after = made
-            keep_state(mark, after)
-        return Choice(made, shape(q)[1], tuple(shape(k)[1:3]))
-
-    def _keys(self, q: Any, k: Any, visible: Any, scale: Any, rows: list[list[int]], before: Before | None) -> Any:
-        """The best keys [B, C, S], by the channels of `rows` for each head where pairs score them."""
-        if self.score == "pairs":
-            channels = NUMBERS([c for row in rows for c in row], [len(rows), len(rows[0])], k.device)
-            score = pair_scores(q, k, channels, self.share)
-        else:
-            score = SCORE_KEYS(q, k, visible, self.score, self.share, scale, *([before.again] if before is not None else []))
-        if before is None:
-            return SELECT_BEST(score, self.budget, visible, self.sinks, self.recents)
-        return choose_spans(before.scores(score), self.budget, visible, self.sinks, self.recents)
-
-    def _choose_by_logits(self, region: AttentionRegion, v: fx.Node) -> fx.Node:
-        """Of an attention that is spelled out, whose scaled and masked logits stand in the graph."""
-        groups = shape(v)[1]
-
-        def choose(x: Any) -> Any:
-            score, visible = x.squeeze(2).float(), visible_logits(x)
-            if self.score == "recents":
-                score = newest(x.shape[0], x.shape[3], x.device)
-            else:
-                score = shared_scores(torch.softmax(score, -1) if self.score == "vote" else score, groups, self.share)
-            return SELECT_BEST(score, self.budget, visible, self.sinks, self.recents)
-
-        made: fx.Node = emit(region.out, choose, logits(region))
-        return made
-
-    def _attend(self, region: AttentionRegion, index: fx.Node) -> None:
-        out = region.out
-        q, k, v = parts(region)
-        masks = [region.mask] if region.mask is not None else []
-        scale, page = argument(out, "scale") if region.fused else None, self.pages.read if self.score in PAGE_SCORES else 1
-        ragged = self.score in PAGE_SCORES or bool(self._looks_back)
-
-        def attend(q: Any, k: Any, v: Any, at: Any, *mask: Any) -> Any:
-            return ATTEND_ROW(q, k, v, mask[0] if mask else None, at, page, scale, ragged)
-
-        new = emit(out, attend, q, k, v, index, *masks) if region.fused else emit(out, attend_selected_logits, logits(region), v, index)
-        new.meta = {**out.meta, "val": new.meta["val"]}
-        out.replace_all_uses_with(new)
-        out.graph.erase_node(out)
 
     def _pays_from(self, order: PairOrder | None) -> str:
         """From how many keys on fewer operations are needed: scoring costs half of an attention, once in `reuse` + 1 attentions."""

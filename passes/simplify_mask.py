@@ -17,9 +17,9 @@ from torch import fx
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.facts import Facts
 from dyncc.analysis.mask_values import Abstract, Causal, Const, evaluate
-from dyncc.analysis.spelled import HIDING
-from dyncc.ir import argument, refresh, same_size, shape, val
+from dyncc.ir import argument, refresh, shape, val
 from dyncc.kernels.fused_attention import ATTEND
+from dyncc.passes.mask_edges import edge_of
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -60,21 +60,8 @@ def _hides_nothing(mask: fx.Node, value: Abstract) -> bool:
 
 
 def _is_flag(region: AttentionRegion, value: Abstract) -> bool:
-    sizes = shape(region.mask)  # type: ignore[arg-type]
-    rows, keys = shape(region.q)[-2], shape(region.k)[-2]
-    whole = same_size(sizes[-2], rows) and same_size(sizes[-1], keys) and same_size(rows, keys)
-    edge = edge_of(value, additive=val(region.mask).is_floating_point()) if whole else None
+    edge = edge_of(value, region.mask, shape(region.q)[-2], shape(region.k)[-2])  # type: ignore[arg-type]
     return edge is not None and (region.out.target is ATTEND or not any(edge))
-
-
-def edge_of(value: Abstract, additive: bool) -> tuple[int, int] | None:
-    """(window, prefix) of a mask that hides later keys, keys behind a window that is not 0, and no key of the prefix; None of others."""
-    if not isinstance(value, Causal) or (value.window and value.prefix):
-        return None
-    seen = [x - value.upto > HIDING if additive else bool(x) for x in value.zones]
-    same = not additive or all(not told or x == value.upto for told, x in zip(seen, value.zones, strict=True))
-    inside = (True, True, True) if value.prefix else (True, False, not value.window)
-    return (value.window, value.prefix) if same and seen == [True, False, not value.window, *inside] else None
 
 
 def _set_mask(sdpa: fx.Node, edge: Causal | None) -> None:

@@ -1,9 +1,13 @@
-"""Makes the test helpers beside this file importable (`from zoo import ZOO`), names the marker of long tests, keeps verdicts to one run."""
+"""Makes the test helpers beside this file importable (`from zoo import ZOO`), names the marker of long tests, keeps verdicts to one run.
+
+Whole files ask for its fixtures by `pytestmark = pytest.mark.usefixtures(...)`.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +28,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def own_verdicts(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No verdict of an earlier run decides a test."""
     os.environ["DYNCC_CACHE_DIR"] = str(tmp_path_factory.mktemp("verdicts"))
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """torch.compile knows no graph before a test and keeps none behind it."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Gradients are off in a test."""
+    import torch
+
+    with torch.no_grad():
+        yield

@@ -23,15 +23,9 @@ from dyncc.kernels.append_rows import APPEND, ROOM, capacity
 from dyncc.kernels.append_rows.buffers import _marks
 from dyncc.own_ops import EXPORTED, spelled_out
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 PASS = "append-in-place"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def rows(count: int, seed: int = 0, batch: int = 2) -> Tensor:

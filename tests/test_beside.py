@@ -27,6 +27,8 @@ from dyncc.passes.slice_last_token import SliceLastToken
 from dyncc.rewrite import Context, Pass, PassResult, apply_pass
 from dyncc.shared_masks import look_at, share_masks
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 EXACT = "simplify-mask slice-last-token drop-repeat-kv"
 
 
@@ -55,12 +57,6 @@ class Doubles(Replaces):
 
     name: ClassVar[str] = "doubles"
     by: float = 1.0
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def decoder(**changes: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:

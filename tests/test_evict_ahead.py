@@ -24,15 +24,9 @@ from dyncc.passes.token_inputs import says_what
 from dyncc.pipeline import build
 from dyncc.restrict import Refusal
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 DAPQ = "dapq{budget=12 window=4 pool=3}"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def asked(model: Any, ids: Tensor, mask: Tensor, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -26,15 +26,9 @@ import dyncc
 from dyncc.errors import BadCachePasses, BadOptionValue, BadWeightFile, BadWeights, CacheNotServed, OutputNotWritable
 from dyncc.pipeline import build
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 C = HEADS * WIDTH
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def drawn(*sizes: int, seed: int = 0) -> Tensor:

@@ -24,6 +24,8 @@ from dyncc.kernels.select_keys import page_bounds
 from dyncc.passes.evict_kv import EvictKV
 from dyncc.pipeline import build
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 RECIPES = {
     "snapkv": "snapkv{budget=12 window=4 recents=4 pool=3}",
     "h2o": "h2o{budget=12 recents=6}",
@@ -37,14 +39,6 @@ RECIPES = {
 def each(*quick: str) -> list[Any]:
     """All recipes; those that are not quick run in the full matrix."""
     return [pytest.param(text, id=name, marks=[] if name in quick else [pytest.mark.full]) for name, text in RECIPES.items()]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def compiled(model: Any, engine: str = "reference") -> Any:

@@ -16,6 +16,8 @@ from transformers import DynamicCache
 import dyncc
 from dyncc.kv_store import ROOM, KVStore
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 VOCABULARY, STEPS = 97, 40
 
 
@@ -30,12 +32,6 @@ def prompt(batch: int = 2, length: int = 7, pads: int = 0) -> dict[str, torch.Te
     mask = torch.ones_like(ids)
     mask[0, :pads], ids[0, :pads] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def rows(count: int, seed: int = 0, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

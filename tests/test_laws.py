@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dyncc
 from dyncc.evidence import relative_error
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """max|a-b| / max|a|: another order of summation, nothing else."""
 CLASS_SCORES = ("cls-attention", "received-attention", "hidden-norm", "key-norm", "random", "last-window-attention")
@@ -31,12 +33,6 @@ def examples(count: int) -> Any:
     count = -(-count // 2) if "DYNCC_TEST_QUICK" in os.environ else count
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=slow)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def optimized(model: Any, values: tuple[Any, ...], passes: str | None, **more: Any) -> Any:

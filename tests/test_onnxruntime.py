@@ -23,17 +23,11 @@ from dyncc.backends.onnxruntime import lower, session_options
 from dyncc.capture import from_model
 from dyncc.errors import NotTaken
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 WITH_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 ENGINES = ["onnxruntime", pytest.param("openvino", marks=WITH_OPENVINO)]
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def seeded(kind: Callable[[], nn.Module]) -> nn.Module:

@@ -24,7 +24,8 @@ STAGES = (
     ("kernels", ("kernels",)),
     ("capture", ("ir", "capture", "canonical", "exported", "own_ops", "serialised", "pass_tensors")),
     ("analysis", ("analysis", "flops")),
-    ("rewrite", ("rewrite", "restrict", "region", "branch", "masked", "passes", "pipeline", "catalogue")),
+    ("rewrite", ("rewrite", "refusal", "row_plan", "take_rows", "restrict", "region", "branch", "masked", "passes", "pipeline",
+                 "catalogue")),
     ("backends", ("backends",)),
 )
 FAMILIES = {

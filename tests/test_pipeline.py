@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dyncc import errors, options, pipeline
 from dyncc.options import Keep, Layers
-from dyncc.passes.recipes import RECIPES, Recipe
+from dyncc.passes.recipes import RECIPES
+from dyncc.pipeline import Recipe
 
 SCORES = ("auto", "cls-attention", "last-attention", "last-logits", "hidden-norm", "random")
 
@@ -31,7 +32,7 @@ class Tidy:
     name: ClassVar[str] = "tidy"
 
 
-RECIPE = Recipe("half", "prune", {"keep": "0.5", "layers": "25%,50%"}, "Someone, 2020", "training-free", "", "high")
+RECIPE = Recipe("half", "prune{keep=0.5 layers=25%,50%}", "Someone, 2020", "", "high")
 REGISTRY = pipeline.Registry((("tidy", lambda: Tidy), ("prune", lambda: Prune)), (RECIPE,), ("tidy",))
 
 

@@ -21,16 +21,10 @@ from transformers import DynamicCache
 import dyncc
 from dyncc.errors import BadCachePasses, CacheNotServed, LayerOutOfRange
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 DEPTH, LENGTH, STEPS = 4, 30, 8
 HALF = "promptdistill{keep=12 layers=1}"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def deep(**changes: Any) -> Any:

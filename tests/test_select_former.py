@@ -27,6 +27,8 @@ from dyncc.kv_layers import PolicyLayer
 from dyncc.passes.select_kv import SelectKV
 from dyncc.pipeline import build
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 TOKENSELECT = "tokenselect{budget=8 sinks=1 recents=2 similar=0.8}"
 CASES = {
     "tokenselect": TOKENSELECT,
@@ -35,14 +37,6 @@ CASES = {
     "louiskv": "louiskv{budget=24 page=4 sinks=1 recents=2}",
     "middle": "select-kv{budget=20 score=middle share=layer page=4 sinks=0 recents=1 similar=0.8}",
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 class FormerForm(MaskedForm):

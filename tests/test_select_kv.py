@@ -29,14 +29,10 @@ from dyncc.kv_pages import PageBounds
 from dyncc.options import Layers
 from dyncc.passes.select_kv import SelectKV
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SHARES = ("layer", "group", "head")
 SCORES = ("vote", "logits", "recents")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def reference(score: np.ndarray, visible: np.ndarray, budget: int, sinks: int, recents: int) -> list[int]:

@@ -27,11 +27,7 @@ from dyncc.kv_pages import PageMeans
 from dyncc.passes.select_kv import SelectKV
 from dyncc.pipeline import build
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 class RefinedForm(MaskedForm):

@@ -24,13 +24,9 @@ from dyncc.pair_order import PairOrder, load_pairs
 from dyncc.passes.select_kv import SelectKV
 from dyncc.rewrite import Context, apply_pass
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 IDS = torch.randint(3, 99, (2, 48), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

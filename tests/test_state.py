@@ -17,14 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import dyncc
 from dyncc.evidence import relative_error
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model: Any, engine: str = "reference", **options: Any) -> Any:

@@ -16,15 +16,11 @@ from dyncc import pipeline
 from dyncc.capture import from_model
 from dyncc.rewrite import Context, apply_pass
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TOLERANCE = 1e-5
 HALF = "prune-tokens{keep=0.5 layers=0 score=cls-attention}"
 BATCH = 2
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def optimize(model: nn.Module, *inputs: torch.Tensor, passes: str = HALF, **more: Any) -> Any:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
-from dyncc.ir import operands, shape
+from dyncc.ir import operands, shape, size_expr
 
 
 class Atom:
@@ -71,10 +70,6 @@ class OpAxes:
     same: list[Contract] = field(default_factory=list)
     known: bool = True
     regroups: bool = False
-
-
-def size_expr(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def quotient(a: Any, b: Any) -> Any | None:

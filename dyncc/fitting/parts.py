@@ -11,7 +11,7 @@ from dyncc.fitting.drops import DropsFitter
 from dyncc.fitting.exits import ExitsFitter
 from dyncc.fitting.subject import Subject
 from dyncc.fitting.units import UnitsFitter
-from dyncc.options import Layers, settle
+from dyncc.options import Layers, at_least, settle
 from dyncc.pipeline import Registry, build, parse, render
 
 
@@ -30,7 +30,7 @@ class Exits:
     def __post_init__(self) -> None:
         settle(self)
         _check_strength(self.ridge)
-        _check_least("rows", self.rows, 1)
+        at_least(self, rows=1)
 
     def fitter(self, subject: Subject) -> ExitsFitter:
         layers = _distinct(self.layers, subject.layers)
@@ -55,8 +55,7 @@ class Units:
     def __post_init__(self) -> None:
         settle(self)
         _check_strength(self.ridge)
-        _check_least("rank", self.rank, 1)
-        _check_least("rows", self.rows, 1)
+        at_least(self, rank=1, rows=1)
 
     def fitter(self, subject: Subject) -> UnitsFitter:
         if self.rank > subject.width:
@@ -118,8 +117,3 @@ def _distinct(layers: Layers, count: int) -> tuple[int, ...]:
 def _check_strength(ridge: float) -> None:
     if not 0.0 <= ridge < float("inf"):
         raise BadOptionValue(option="ridge", value=str(ridge), problem="a number of 0 or more")
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise BadOptionValue(option=name, value=str(value), problem=f"{least} is the least")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from dyncc.analysis.facts import Facts, analyse
 from dyncc.analysis.layers import Stack
+from dyncc.call_inputs import flat_example
 from dyncc.capture import CaptureError, Signature, from_model
 from dyncc.errors import BadCalibration, InputMismatch
 from dyncc.fitting.calibration import Batch
@@ -20,7 +21,6 @@ from dyncc.passes.exit_heads import At, find_head
 from dyncc.passes.padding import padding_input, real_rows
 from dyncc.passes.reads import output_reads
 from dyncc.restrict import Refusal
-from dyncc.runtime import flat_example
 from dyncc.surface import check_surface
 
 

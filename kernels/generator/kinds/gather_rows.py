@@ -7,29 +7,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dyncc.kernels.generator.frame import OUT, TILE, Operand
-from dyncc.kernels.generator.kinds.row_base import RowKernel
+from dyncc.kernels.generator.kinds.row_base import IndexedRows, as_wide
 from dyncc.kernels.generator.launch import ended, side_by_side
 
 
 @dataclass(frozen=True)
-class GatherRows(RowKernel):
+class GatherRows(IndexedRows):
     """out[b, h, t] = x[b, h, index[b, t]], rows of `width` channels."""
 
     entry: ClassVar[str] = "gather_rows"
     title: ClassVar[str] = "Rows at chosen places"
 
-    def operands(self) -> tuple[Operand, ...]:
-        return (Operand("x", TILE), Operand("index", ("batch",), "index"), OUT)
-
-    def work(self) -> tuple[int, int]:
-        """2048 rows."""
-        return self.read_and_written(2048, 8)
-
     def body(self, ending: list[str]) -> list[str]:
         return [
             *self.rows_of_a_program(),
-            "source = tl.load(index + batch * index_batch + at, mask=at < rows, other=0)",
+            self.places("source"),
             "x_at = x + batch * x_batch + head * x_head",
             "result = tl.load(x_at + source[:, None] * x_row + lane[None, :], mask=kept, other=0.0).to(tl.float32)",
             *ending,
@@ -42,5 +34,4 @@ class GatherRows(RowKernel):
 
     def truth(self, *given: Tensor, **more: Any) -> Tensor:
         x, index = given
-        taken = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-        return ended(self, taken.float(), more).to(x.dtype)
+        return ended(self, x.gather(2, as_wide(index, x)).float(), more).to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import DIVIDED, OUT, TILE, Operand
-from dyncc.kernels.generator.kinds.row_base import RowKernel
+from dyncc.kernels.generator.kinds.row_base import RowKernel, as_wide
 from dyncc.kernels.generator.launch import ended, side_by_side
 from dyncc.kernels.generator.spec import power
 
@@ -68,7 +68,7 @@ class MergeRows(RowKernel):
     def truth(self, *given: Tensor, **more: Any) -> Tensor:
         x, size, target = given
         rows: int = more.pop("rows")
-        place = target[:, None, :, None].expand_as(x)
+        place = as_wide(target, x)
         weight = size.float()[:, None, :, None]
         summed = x.new_zeros((*x.shape[:2], rows, x.shape[3]), dtype=torch.float32).scatter_add(2, place, x.float() * weight)
         mass = torch.zeros_like(summed).scatter_add(2, place, weight.expand_as(x))

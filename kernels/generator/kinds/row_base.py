@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dyncc.kernels.generator.frame import ids, tile
+from dyncc.kernels.generator.frame import OUT, TILE, Operand, ids, tile
 from dyncc.kernels.generator.launch import blocks, broadcast, launch
 from dyncc.kernels.generator.spec import KernelSpec, check, power
 
@@ -66,3 +66,24 @@ class RowKernel(KernelSpec):
         grid = (blocks(rows, rows_at_once(width)), batch * heads)
         launch(self, grid, {**tensors, "out": out}, {"rows": rows}, {"HEADS": heads}, broadcast(self, extras, out.shape))
         return out
+
+
+@dataclass(frozen=True)
+class IndexedRows(RowKernel):
+    """A kernel over the rows that an index [B, T] of int64 names."""
+
+    def operands(self) -> tuple[Operand, ...]:
+        return (Operand("x", TILE), Operand("index", ("batch",), "index"), OUT)
+
+    def work(self) -> tuple[int, int]:
+        """2048 rows."""
+        return self.read_and_written(2048, 8)
+
+    def places(self, into: str) -> str:
+        """The line that reads the index of each row of a program."""
+        return f"{into} = tl.load(index + batch * index_batch + at, mask=at < rows, other=0)"
+
+
+def as_wide(places: Tensor, x: Tensor) -> Tensor:
+    """Places [B, T] of rows as an index [B, H, T, D] of x [B, H, N, D]."""
+    return places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])

@@ -7,24 +7,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dyncc.kernels.generator.frame import OUT, TILE, Operand, ending, read
-from dyncc.kernels.generator.kinds.row_base import RowKernel
+from dyncc.kernels.generator.frame import ending, read
+from dyncc.kernels.generator.kinds.row_base import IndexedRows, as_wide
 from dyncc.kernels.generator.launch import broadcast, ended, side_by_side
 
 
 @dataclass(frozen=True)
-class ScatterRows(RowKernel):
+class ScatterRows(IndexedRows):
     """out[b, h, index[b, t]] = x[b, h, t], rows of `width` channels; other rows of `out` stay. Epilogues read at index[b, t]."""
 
     entry: ClassVar[str] = "scatter_rows"
     title: ClassVar[str] = "Rows put at chosen places"
-
-    def operands(self) -> tuple[Operand, ...]:
-        return (Operand("x", TILE), Operand("index", ("batch",), "index"), OUT)
-
-    def work(self) -> tuple[int, int]:
-        """2048 rows."""
-        return self.read_and_written(2048, 8)
 
     def ending(self) -> list[str]:
         return ending(self.epilogues, "place")
@@ -32,7 +25,7 @@ class ScatterRows(RowKernel):
     def body(self, ending: list[str]) -> list[str]:
         return [
             *self.rows_of_a_program(),
-            "place = tl.load(index + batch * index_batch + at, mask=at < rows, other=0)",
+            self.places("place"),
             *read("x", "result"),
             *ending,
         ]
@@ -45,7 +38,7 @@ class ScatterRows(RowKernel):
     def truth(self, *given: Tensor, **more: Any) -> Tensor:
         x, index = given
         out: Tensor = more.pop("out")
-        place = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        place = as_wide(index, x)
         wide = broadcast(self, more, out.shape)
         there = {name: value.gather(2, place) if isinstance(value, Tensor) else value for name, value in wide.items()}
         return out.scatter(2, place, ended(self, x.float(), there).to(out.dtype))
