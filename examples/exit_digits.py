@@ -29,7 +29,7 @@ from dyncc.fitted import load_fitted
 from dyncc.risk import exit_threshold, leaves
 from dyncc.timing import paired
 
-SITES = (2, 3, 7)
+SITES, BUCKETS = (2, 7), (1, 2, 4, 8)
 CONFIDENCE = 0.9
 
 
@@ -42,9 +42,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--promised", type=float, default=0.02, help="the share whose promise is tried again and again")
     parser.add_argument("--engines", default="inductor,onnxruntime")
     parser.add_argument("--batches", default="1,16")
-    parser.add_argument("--cuts", default="3,4,5,6,7", help="layers behind which static cuts are timed")
+    parser.add_argument("--cuts", default="2,3,4,5,6", help="layers behind which static cuts are timed")
     parser.add_argument("--fitted", type=int, default=3200, help="canvases that the maps are fitted on")
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1, help="that canvases are timed with; waking more takes longer than such a layer")
     parser.add_argument("--draws", type=int, default=20, help="calibration sets that the promise is tried on")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/exit_digits.json")
     options = parser.parse_args(argv)
@@ -83,12 +84,14 @@ def report(
     print(f"layers that a row runs: {mean:.2f} of {LAYERS}", flush=True)
     expected = torch.stack([*(behind[i] for i in SITES), behind[-1]])[picked, torch.arange(len(picked))]
     held = promise(model, maps, joined(calibration, test, seed=1), options)
-    passes = f"exit-early{{layers={','.join(map(str, SITES))} threshold={chosen.threshold:.4f} file={folder}}}"
+    layers, buckets = (",".join(map(str, x)) for x in (SITES, BUCKETS))
+    passes = f"exit-early{{layers={layers} threshold={chosen.threshold:.4f} buckets={buckets} file={folder}}}"
     found: dict[str, Any] = {"threshold": chosen.threshold, "layers": mean, "histogram": histogram, "promise": held, "cuts": cuts}
-    layers = list(map(int, options.cuts.split(",")))
+    torch.set_num_threads(options.threads)
+    cut_behind = list(map(int, options.cuts.split(",")))
     for engine in options.engines.split(","):
         for batch in map(int, options.batches.split(",")):
-            made = Engine(model, passes, layers, folder, engine, batch)
+            made = Engine(model, passes, cut_behind, folder, engine, batch)
             found[f"{engine}, batch {batch}"] = made.measure(drawn.images, drawn.labels, drawn.digits, right, expected, options.pairs)
     return found
 
