@@ -53,8 +53,15 @@ def channel_decays(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor
 
 
 def earlier_pairs(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
-    """A near miss: a token does not see itself."""
+    """A token does not see itself."""
     return (q @ k.mT).tril(-1) @ v
+
+
+def power_pairs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """RetNet's: one decay a head for all tokens, to the power of the distance."""
+    at = torch.arange(v.shape[2])
+    kept = log_decay[0, :, :1, :1].exp() ** (at.unsqueeze(1) - at).clamp(min=0)
+    return (q @ k.mT * kept.tril()) @ v
 
 
 def normalised_pairs(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
@@ -95,8 +102,8 @@ def tokens(count: int, *more: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(1, count, width) for width in (WIDTH, *more))
 
 
-def of_pairs(function: Callable[..., Tensor]) -> tuple[nn.Module, tuple[Any, ...]]:
-    q, k, v, log_decay = (torch.randn(1, 2, 24, 4) for _ in range(4))
+def of_pairs(function: Callable[..., Tensor], count: int = 24) -> tuple[nn.Module, tuple[Any, ...]]:
+    q, k, v, log_decay = (torch.randn(1, 2, count, 4) for _ in range(4))
     return Written(function), (q, k, v, -log_decay.abs() / 8)
 
 
@@ -104,6 +111,7 @@ MIXERS: dict[tuple[str, str], Callable[[], tuple[nn.Module, tuple[Any, ...]]]] =
     ("linear attention", "pairs"): lambda: of_pairs(causal_pairs),
     ("linear attention", "pairs, earlier tokens alone"): lambda: of_pairs(earlier_pairs),
     ("linear attention", "pairs, normalised"): lambda: of_pairs(normalised_pairs),
+    ("RetNet", "pairs and powers"): lambda: of_pairs(power_pairs),
     ("GLA", "loop"): lambda: (GatedLinearAttention(WIDTH, 2), tokens(7)),
     ("GLA", "pairs, a decay a head"): lambda: of_pairs(head_decays),
     ("GLA", "pairs, a decay a channel"): lambda: of_pairs(channel_decays),
@@ -113,7 +121,7 @@ MIXERS: dict[tuple[str, str], Callable[[], tuple[nn.Module, tuple[Any, ...]]]] =
     ("gated delta rule", "loop"): lambda: (GatedDeltaRule(WIDTH, 2), tokens(7)),
     ("NAtS-L", "chunks and a loop"): lambda: (HybridMemory(WIDTH, 2, 4), tokens(8)),
     ("SymbolicLight", "loop"): lambda: (DecayMixer(WIDTH, 2), tokens(7)),
-    ("SymbolicLight", "powers"): lambda: of_pairs(ema_pairs),
+    ("SymbolicLight", "powers"): lambda: of_pairs(ema_pairs, 300),
     ("DyDiLA", "pairs"): lambda: (DifferentialLinearAttention(WIDTH, 2), tokens(24)),
     ("Sessa", "triangular solve"): lambda: (FeedbackAttention(WIDTH), tokens(7, WIDTH)),
     ("Sessa", "loop"): lambda: (FeedbackLoop(WIDTH), tokens(7, WIDTH)),
