@@ -7,8 +7,12 @@ o_t = scale q_t S_t (Katharopoulos et al. 2020; Yang et al. 2023 for decays): `d
 memory that grow with the tokens alone. Decays are read where they are exp of a difference of one running sum, for each channel where
 queries are multiplied by exp of it and keys by exp of its negative, or powers of the distance between tokens; such powers alone are an
 average that moves. Attention to earlier tokens alone is the same recurrence on keys and values of the token before. Weights may be divided
-by their sums over keys: values get a column of ones, which gives the sums. Where nothing is hidden, (q k') v is q (k' v), if that multiplies less. Loops over tokens that a capture wrote
-out are read too (passes/unrolled_recurrence.py), the gated delta rule among them.
+by their sums over keys: values get a column of ones, which gives the sums. Where nothing is hidden, (q k') v is q (k' v), if that
+multiplies less.
+
+Loops over tokens that a capture wrote out are read too: such recurrences and the gated delta rule, where tokens read their own state or
+blocks of them one state (unrolled_recurrence.py), averages that move (running_sum.py), and tokens that read all earlier results, which one
+triangular solve gives (feedback_solve.py).
 
 Which of the equal forms runs is one rule: token after token up to 4 tokens, chunks beyond, and all pairs where no form is read. Exact up to
 rounding, with one exception: decays that overflow before they are hidden or taken back give NaN when written out, and none when fused.
@@ -25,14 +29,20 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from dyncc.analysis.block_reads import block_joins, read_blocks
 from dyncc.analysis.decays import NotLinear
 from dyncc.analysis.facts import Facts
+from dyncc.analysis.feedback import feedbacks, read_feedback
 from dyncc.analysis.linear_attention import PRODUCTS, Linear, pairs, powers, read_linear, read_powers
 from dyncc.analysis.other_mixers import why_none
-from dyncc.analysis.unrolled import NotUnrolled, joins, read_steps
+from dyncc.analysis.running_sums import read_sums, sums
+from dyncc.analysis.series import NotUnrolled
+from dyncc.analysis.unrolled import joins, read_steps
 from dyncc.ir import descendants, emit, hint, hoist, is_mutating, is_symbolic, op_name, shape
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
-from dyncc.passes.unrolled_recurrence import fuse_unrolled
+from dyncc.passes.feedback_solve import fuse_feedback
+from dyncc.passes.running_sum import fuse_sum
+from dyncc.passes.unrolled_recurrence import LONGEST, fuse_unrolled
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
 
@@ -82,10 +92,28 @@ def _fuse_loop(joined: fx.Node) -> str:
     return ""
 
 
+def _fuse_blocks(joined: fx.Node) -> str:
+    fuse_unrolled(read_blocks(joined, LONGEST))
+    return ""
+
+
+def _fuse_sum(joined: fx.Node) -> str:
+    fuse_sum(read_sums(joined))
+    return ""
+
+
+def _fuse_feedback(joined: fx.Node) -> str:
+    fuse_feedback(read_feedback(joined))
+    return ""
+
+
 FORMS: tuple[tuple[Callable[[fx.Graph], list[fx.Node]], Callable[[fx.Node], str]], ...] = (
     (lambda graph: _products(graph, pairs), _fuse_pairs),
     (lambda graph: _products(graph, powers), _fuse_powers),
     (joins, _fuse_loop),
+    (block_joins, _fuse_blocks),
+    (sums, _fuse_sum),
+    (feedbacks, _fuse_feedback),
 )
 """What finds candidates of one form in a graph, and what puts a node in place of one; it returns from which length on that pays."""
 

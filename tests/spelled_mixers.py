@@ -88,6 +88,17 @@ class ImagePairs(GatedImageAttention):
         return (weights / mass @ v).transpose(1, 2).flatten(2).to(x.dtype)
 
 
+class WrittenBank(ValueBankAttention):
+    """MoVE with its attention as products and a softmax."""
+
+    def forward(self, x: Tensor, bank: Tensor) -> Tensor:
+        q, k, v = (p.unflatten(2, (self.heads, -1)) for p in self.qkv(x).chunk(3, -1))
+        q, k, v = (p.transpose(1, 2) for p in (q, k, v + self.recalled(x, bank)))
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = torch.softmax((q @ k.mT * q.shape[3] ** -0.5).masked_fill(later, float("-inf")), -1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
 class FeedbackLoop(FeedbackAttention):
     """Sessa one token after the other: s_t = f_t + g_t sum_j A_tj s_j."""
 
@@ -119,7 +130,7 @@ MIXERS: dict[tuple[str, str], Callable[[], tuple[nn.Module, tuple[Any, ...]]]] =
     ("LINA", "values meet keys first"): lambda: (GatedImageAttention(WIDTH, 24, 2), tokens(24)),
     ("LINA", "pairs"): lambda: (ImagePairs(WIDTH, 24, 2), tokens(24)),
     ("gated delta rule", "loop"): lambda: (GatedDeltaRule(WIDTH, 2), tokens(7)),
-    ("NAtS-L", "chunks and a loop"): lambda: (HybridMemory(WIDTH, 2, 4), tokens(8)),
+    ("NAtS-L", "chunks and a loop"): lambda: (HybridMemory(WIDTH, 2, 4), tokens(12)),
     ("SymbolicLight", "loop"): lambda: (DecayMixer(WIDTH, 2), tokens(7)),
     ("SymbolicLight", "powers"): lambda: of_pairs(ema_pairs, 300),
     ("DyDiLA", "pairs"): lambda: (DifferentialLinearAttention(WIDTH, 2), tokens(24)),
@@ -127,6 +138,7 @@ MIXERS: dict[tuple[str, str], Callable[[], tuple[nn.Module, tuple[Any, ...]]]] =
     ("Sessa", "loop"): lambda: (FeedbackLoop(WIDTH), tokens(7, WIDTH)),
     ("Pattention", "as published"): lambda: (Pattention(WIDTH, WIDTH, 8), tokens(7)),
     ("MoVE", "as published"): lambda: (ValueBankAttention(WIDTH, 3, 2), (*tokens(7), torch.randn(3, WIDTH))),
+    ("MoVE", "softmax written out"): lambda: (WrittenBank(WIDTH, 3, 2), (*tokens(7), torch.randn(3, WIDTH))),
     ("GAM", "as published"): lambda: (MemoryRead(WIDTH, 8), tokens(7)),
 }
 """Each layer in each form, with example inputs."""
