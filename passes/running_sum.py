@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, fx
 
 from dyncc.analysis.running_sums import RunningSum
 from dyncc.analysis.series import NotUnrolled, series
-from dyncc.ir import argument, emit, op_name, same_size, shape
+from dyncc.ir import argument, emit, hint, op_name, same_size, shape
 from dyncc.kernels.decayed_sum import DECAYED_SUM
+from dyncc.kernels.decayed_sum.op import WIDE
 from dyncc.kernels.gated_linear_attention.op import SHORT
 from dyncc.passes.unrolled_recurrence import LONGEST, check_order, put
 
@@ -18,13 +20,16 @@ def fuse_sum(found: RunningSum) -> None:
     """Put one node in place of all steps.
 
     Raises:
-        NotUnrolled: it has too few or too many tokens, or its decays are not all of one kind.
+        NotUnrolled: it has too few or too many tokens, states too wide to gain anything, or decays of several kinds.
     """
     joined, tokens = found.joined, len(found.added)
     if not SHORT < tokens <= LONGEST:
         raise NotUnrolled(f"a loop over {tokens} tokens whose results are its states is read from {SHORT + 1} to {LONGEST} tokens on")
     pieces = joined.args[0]
     last, dim = pieces[-1], argument(joined, "dim", 0) % len(shape(joined))  # type: ignore[index, operator]
+    numbers = math.prod(hint(size) for size in shape(last))
+    if numbers >= WIDE:
+        raise NotUnrolled(f"a state of {numbers} numbers is as fast token after token; fewer than {WIDE} become one node")
     stacked = op_name(joined) == "stack"
     if not stacked and not same_size(shape(last)[dim], 1):
         raise NotUnrolled("its states are joined along another dimension than that of tokens")

@@ -240,6 +240,12 @@ def test_few_tokens_stay() -> None:
     assert "a loop over 3 tokens whose results are its states is read from 5 to 512 tokens on" in fused(of_channels, 3)[1].reason
 
 
+def test_wide_states_stay() -> None:
+    wide = [torch.randn(2, 6, 1024), torch.randn(2, 6, 1024), torch.randn(2, 1024)]
+    applied = apply_pass(program(of_one_number, *wide), FuseLinearAttention(), Context())
+    assert "a state of 2048 numbers is as fast token after token; fewer than 2048 become one node" in applied.reason
+
+
 
 def test_the_layer_and_its_state() -> None:
     torch.manual_seed(0)
