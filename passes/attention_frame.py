@@ -16,16 +16,19 @@ from dyncc.kernels.fused_attention import ATTEND
 @dataclass(frozen=True)
 class Frame:
     """How an attention's dimensions become [B, H, T, D]: `rank` of its weights, `heads` where products merge them with the batch,
-    `grouped` where keys have a dimension of 1 for the heads of a group."""
+    `grouped` where keys have a dimension of 1 for the heads of a group, `memory` where all rows share keys [Tk, D]."""
 
     rank: int
     heads: int
     grouped: bool
+    memory: bool = False
 
     def four(self, x: Tensor, shared: bool = False) -> Tensor:
         """[B, H, T, D] of queries, keys, values or a mask; `shared` is of keys and values that the heads of a group share."""
         if self.rank == 5:
             return x.squeeze(2) if shared or (x.shape[1] == 1 and x.shape[2] == 1) else x.flatten(1, 2)
+        if self.memory and x.dim() == 2:
+            return x[None, None]
         if x.dim() == 3 and self.rank == 4:
             return x.unflatten(0, (-1, self.heads))
         return x[(None,) * (4 - self.rank)] if self.rank < 4 else x
@@ -35,8 +38,8 @@ def frame_of(spelled: Spelled) -> Frame:
     weights, product = shape(spelled.softmax), shape(spelled.product)  # type: ignore[arg-type]
     q, kt, v = (shape(n) for n in (spelled.q, spelled.kt, spelled.v))  # type: ignore[arg-type]
     rank, heads = len(weights), weights[1] if len(weights) > 3 else 1
-    if len(kt) == 2 and len(q) > 2:
-        raise NotRead("its keys are a memory that all tokens share: what it holds grows with tokens alone, and fusing saves nothing")
+    if len(kt) == len(v) == 2 and len(q) == len(product) == rank and rank in (3, 4):
+        return Frame(rank, heads if isinstance(heads, int) else 1, grouped=False, memory=True)
     if not len(q) == len(kt) == len(product) or not all(same_size(a, b) for a, b in zip(q[:-2], product[:-2], strict=True)):
         raise NotRead("queries are repeated along a dimension of the keys")
     if rank > 5 or {len(q), len(v)} - {rank} - ({3} if rank == 4 and isinstance(heads, int) else set()):
@@ -76,6 +79,8 @@ class Form:
         frame = self.frame
         four = frame.four(q), frame.four(k.transpose(-1, -2) if self.flip else k, frame.grouped), frame.four(v, frame.grouped)
         queries, keys, values = (x if x.dtype == self.dtype else x.to(self.dtype) for x in four)
+        if frame.memory:
+            keys, values = (x.expand(*queries.shape[:2], *x.shape[2:]) for x in (keys, values))
         op = ATTEND if more else aten.scaled_dot_product_attention.default
         if keys.shape[1] != queries.shape[1]:
             more = {**more, "enable_gqa": True}

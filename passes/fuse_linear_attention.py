@@ -4,10 +4,15 @@
 
 written as products, a causal mask (tril, or filled in) and no softmax, is the recurrence S_t = exp(a_t) S_{t-1} + k_t' v_t with
 o_t = scale q_t S_t (Katharopoulos et al. 2020; Yang et al. 2023 for decays): `dyncc::gated_linear_attention` computes it in time and
-memory that grow with the tokens alone. Decays are read where they are exp of a difference of one running sum, or for each channel where
-queries are multiplied by exp of it and keys by exp of its negative. Weights may be divided by their sums over keys: values get a column of
-ones, which gives the sums. Where nothing is hidden, (q k') v is q (k' v), if that multiplies less. Loops over tokens that a capture wrote
-out are read too (passes/unrolled_recurrence.py), the gated delta rule among them.
+memory that grow with the tokens alone. Decays are read where they are exp of a difference of one running sum, for each channel where
+queries are multiplied by exp of it and keys by exp of its negative, or powers of the distance between tokens; such powers alone are an
+average that moves. Attention to earlier tokens alone is the same recurrence on keys and values of the token before. Weights may be divided
+by their sums over keys: values get a column of ones, which gives the sums. Where nothing is hidden, (q k') v is q (k' v), if that
+multiplies less.
+
+Loops over tokens that a capture wrote out are read too: such recurrences and the gated delta rule, where tokens read their own state or
+blocks of them one state (unrolled_recurrence.py), averages that move (running_sum.py), and tokens that read all earlier results, which one
+triangular solve gives (feedback_solve.py).
 
 Which of the equal forms runs is one rule: token after token up to 4 tokens, chunks beyond, and all pairs where no form is read. Exact up to
 rounding, with one exception: decays that overflow before they are hidden or taken back give NaN when written out, and none when fused.
@@ -16,21 +21,33 @@ Weights somebody reads stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
+from dyncc.analysis.block_reads import block_joins, read_blocks
+from dyncc.analysis.decays import NotLinear
 from dyncc.analysis.facts import Facts
-from dyncc.analysis.linear_attention import PRODUCTS, Linear, NotLinear, pairs, read_linear
+from dyncc.analysis.feedback import feedbacks, read_feedback
+from dyncc.analysis.linear_attention import PRODUCTS, Linear, pairs, powers, read_linear, read_powers
 from dyncc.analysis.other_mixers import why_none
-from dyncc.analysis.unrolled import NotUnrolled, joins, read_steps
+from dyncc.analysis.running_sums import read_sums, sums
+from dyncc.analysis.series import NotUnrolled
+from dyncc.analysis.unrolled import joins, read_steps
 from dyncc.ir import descendants, emit, hint, hoist, is_mutating, is_symbolic, op_name, shape
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
-from dyncc.passes.unrolled_recurrence import fuse_unrolled
+from dyncc.passes.feedback_solve import fuse_feedback
+from dyncc.passes.running_sum import fuse_sum
+from dyncc.passes.unrolled_recurrence import LONGEST, fuse_unrolled
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
+
+FEWEST = 256
+"""Tokens from which on chunks were measured to be faster than a product with a matrix of powers (128 are even)."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +60,31 @@ class FuseLinearAttention(Pass):
 
     def run(self, program: Any, facts: Facts, context: Context) -> PassResult:
         """Rewrite every linear attention that can be read; refuse when there is none."""
-        found = [n for n in program.graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and pairs(n)]
-        loops = joins(program.graph)
+        sites = [(node, fuse) for candidates, fuse in FORMS for node in candidates(program.graph)]
         done, misses, gain = 0, [], ""
-        for out, fuse in [*((n, _fuse) for n in found), *((n, _fuse_loop) for n in loops)]:
+        for node, fuse in sites:
             try:
-                gain = fuse(out) or gain
+                gain = fuse(node) or gain
                 done += 1
             except (NotLinear, NotUnrolled) as why:
-                misses.append(f"{out.name}: {why}")
+                misses.append(f"{node.name}: {why}")
         if not done:
             raise Refusal(misses[0] if misses else why_none(program.graph))
-        return PassResult(done, len(found) + len(loops), misses=tuple(misses), pays_from=gain)
+        return PassResult(done, len(sites), misses=tuple(misses), pays_from=gain)
+
+
+def _products(graph: fx.Graph, kind: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and kind(n)]
+
+
+def _fuse_pairs(out: fx.Node) -> str:
+    found = read_linear(out)
+    least = 0 if found.causal else _least_tokens(found)
+    return _fuse(found, least, "its weights hide no later tokens, and {} tokens are too few for another order of its products")
+
+
+def _fuse_powers(out: fx.Node) -> str:
+    return _fuse(read_powers(out), FEWEST, "a matrix of powers is as fast as chunks up to some hundred tokens, and these are {}")
 
 
 def _fuse_loop(joined: fx.Node) -> str:
@@ -62,16 +92,41 @@ def _fuse_loop(joined: fx.Node) -> str:
     return ""
 
 
-def _fuse(out: fx.Node) -> str:
+def _fuse_blocks(joined: fx.Node) -> str:
+    fuse_unrolled(read_blocks(joined, LONGEST))
+    return ""
+
+
+def _fuse_sum(joined: fx.Node) -> str:
+    fuse_sum(read_sums(joined))
+    return ""
+
+
+def _fuse_feedback(joined: fx.Node) -> str:
+    fuse_feedback(read_feedback(joined))
+    return ""
+
+
+FORMS: tuple[tuple[Callable[[fx.Graph], list[fx.Node]], Callable[[fx.Node], str]], ...] = (
+    (lambda graph: _products(graph, pairs), _fuse_pairs),
+    (lambda graph: _products(graph, powers), _fuse_powers),
+    (joins, _fuse_loop),
+    (block_joins, _fuse_blocks),
+    (sums, _fuse_sum),
+    (feedbacks, _fuse_feedback),
+)
+"""What finds candidates of one form in a graph, and what puts a node in place of one; it returns from which length on that pays."""
+
+
+def _fuse(found: Linear, least: int, few: str) -> str:
     """Put what does not pair tokens in place of one linear attention; returns from which length on that pays, where lengths vary.
 
     Raises:
-        NotLinear: it is none, it does not pay, or its operands are not there yet where its sums are read.
+        NotLinear: it has fewer tokens than `least`, or its operands are not there yet where its sums are read.
     """
-    found = read_linear(out)
-    least = 0 if found.causal else _least_tokens(found)
+    out = found.out
     if hint(found.tokens) < least:
-        raise NotLinear(f"its weights hide no later tokens, and {hint(found.tokens)} tokens are too few for another order of its products")
+        raise NotLinear(few.format(hint(found.tokens)))
     order = {n: i for i, n in enumerate(out.graph.nodes)}
     first = min([out, *(m for m, _ in found.masses)], key=lambda n: order[n])
     if any(is_mutating(n) and min(order[p] for p in found.parts) < i < order[out] for n, i in order.items()):
@@ -88,7 +143,9 @@ def _fuse(out: fx.Node) -> str:
         instead[node] = _replace(node, emit(node, lambda x, behind=behind, rank=rank: _mass_like(x, behind, rank), mass))
     rows = [instead.get(n, n) for _, n in found.rows]
     _replace(out, emit(out, lambda x, *rows: _by_rows(x, found, rows), mixed, *rows))
-    return f"fewer operations from {least} tokens on; the graph serves any number" if least and is_symbolic(found.tokens) else ""
+    if not least or not is_symbolic(found.tokens):
+        return ""
+    return f"{'faster' if found.q is None else 'fewer operations'} from {least} tokens on; the graph serves any number"
 
 
 def _replace(node: fx.Node, new: fx.Node) -> fx.Node:
@@ -100,20 +157,32 @@ def _replace(node: fx.Node, new: fx.Node) -> fx.Node:
 
 def _least_tokens(found: Linear) -> int:
     """From how many tokens on (q k') v takes more multiplications than q (k' v)."""
-    width, wide = hint(shape(found.q)[-1]), hint(shape(found.v)[-1])
+    width, wide = (hint(shape(n)[-1]) for n in (found.q, found.v) if n is not None)
     return 2 * width * wide // (width + wide) + 1
 
 
-def _attend(found: Linear, q: Tensor, k: Tensor, v: Tensor, *decay: Tensor) -> tuple[Tensor, Tensor]:
+def _attend(found: Linear, *parts: Tensor) -> tuple[Tensor, Tensor]:
     """The product with values, and the sums of weights over keys [..., T, 1]."""
+    stream = iter(parts)
+    q, k, v = (next(stream) if node is not None else None for node in (found.q, found.kt, found.v))
+    assert v is not None
+    if q is None or k is None:
+        q = k = torch.ones_like(v[..., :1])
+    elif found.causal and (found.decays is None or found.decays.kind != "channels"):
+        k = k.transpose(-1, -2)
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1) if found.masses else v
     if not found.causal:
         made = (q * found.scale if found.scale != 1.0 else q) @ (k @ v)
     else:
-        k = k if found.by_channel else k.transpose(-1, -2)
-        logs = None if not decay else decay[0] if found.by_channel else decay[0].unsqueeze(-1)
-        made = _causal(q, k, v, logs, found.scale)
+        logs = None if found.decays is None else found.decays.logs(next(stream, found.decays.node), v)
+        made = _causal(q, *(_earlier(k, v, logs) if found.nearest else (k, v)), logs, found.scale)
     return (made[..., :-1], made[..., -1:]) if found.masses else (made, made)
+
+
+def _earlier(k: Tensor, v: Tensor, logs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the token before each: what a recurrence that reads before it writes has read."""
+    k, v = (F.pad(x[..., :-1, :], (0, 0, 1, 0)) for x in (k, v))
+    return (k if logs is None else k * logs.exp().to(k.dtype)), v
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, logs: Tensor | None, scale: float) -> Tensor:

@@ -53,8 +53,15 @@ def channel_decays(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor
 
 
 def earlier_pairs(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
-    """A near miss: a token does not see itself."""
+    """A token does not see itself."""
     return (q @ k.mT).tril(-1) @ v
+
+
+def power_pairs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """RetNet's: one decay a head for all tokens, to the power of the distance."""
+    at = torch.arange(v.shape[2])
+    kept = log_decay[0, :, :1, :1].exp() ** (at.unsqueeze(1) - at).clamp(min=0)
+    return (q @ k.mT * kept.tril()) @ v
 
 
 def normalised_pairs(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
@@ -81,6 +88,17 @@ class ImagePairs(GatedImageAttention):
         return (weights / mass @ v).transpose(1, 2).flatten(2).to(x.dtype)
 
 
+class WrittenBank(ValueBankAttention):
+    """MoVE with its attention as products and a softmax."""
+
+    def forward(self, x: Tensor, bank: Tensor) -> Tensor:
+        q, k, v = (p.unflatten(2, (self.heads, -1)) for p in self.qkv(x).chunk(3, -1))
+        q, k, v = (p.transpose(1, 2) for p in (q, k, v + self.recalled(x, bank)))
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = torch.softmax((q @ k.mT * q.shape[3] ** -0.5).masked_fill(later, float("-inf")), -1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
 class FeedbackLoop(FeedbackAttention):
     """Sessa one token after the other: s_t = f_t + g_t sum_j A_tj s_j."""
 
@@ -95,8 +113,8 @@ def tokens(count: int, *more: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(1, count, width) for width in (WIDTH, *more))
 
 
-def of_pairs(function: Callable[..., Tensor]) -> tuple[nn.Module, tuple[Any, ...]]:
-    q, k, v, log_decay = (torch.randn(1, 2, 24, 4) for _ in range(4))
+def of_pairs(function: Callable[..., Tensor], count: int = 24) -> tuple[nn.Module, tuple[Any, ...]]:
+    q, k, v, log_decay = (torch.randn(1, 2, count, 4) for _ in range(4))
     return Written(function), (q, k, v, -log_decay.abs() / 8)
 
 
@@ -104,6 +122,7 @@ MIXERS: dict[tuple[str, str], Callable[[], tuple[nn.Module, tuple[Any, ...]]]] =
     ("linear attention", "pairs"): lambda: of_pairs(causal_pairs),
     ("linear attention", "pairs, earlier tokens alone"): lambda: of_pairs(earlier_pairs),
     ("linear attention", "pairs, normalised"): lambda: of_pairs(normalised_pairs),
+    ("RetNet", "pairs and powers"): lambda: of_pairs(power_pairs),
     ("GLA", "loop"): lambda: (GatedLinearAttention(WIDTH, 2), tokens(7)),
     ("GLA", "pairs, a decay a head"): lambda: of_pairs(head_decays),
     ("GLA", "pairs, a decay a channel"): lambda: of_pairs(channel_decays),
@@ -111,14 +130,15 @@ MIXERS: dict[tuple[str, str], Callable[[], tuple[nn.Module, tuple[Any, ...]]]] =
     ("LINA", "values meet keys first"): lambda: (GatedImageAttention(WIDTH, 24, 2), tokens(24)),
     ("LINA", "pairs"): lambda: (ImagePairs(WIDTH, 24, 2), tokens(24)),
     ("gated delta rule", "loop"): lambda: (GatedDeltaRule(WIDTH, 2), tokens(7)),
-    ("NAtS-L", "chunks and a loop"): lambda: (HybridMemory(WIDTH, 2, 4), tokens(8)),
+    ("NAtS-L", "chunks and a loop"): lambda: (HybridMemory(WIDTH, 2, 4), tokens(12)),
     ("SymbolicLight", "loop"): lambda: (DecayMixer(WIDTH, 2), tokens(7)),
-    ("SymbolicLight", "powers"): lambda: of_pairs(ema_pairs),
+    ("SymbolicLight", "powers"): lambda: of_pairs(ema_pairs, 300),
     ("DyDiLA", "pairs"): lambda: (DifferentialLinearAttention(WIDTH, 2), tokens(24)),
     ("Sessa", "triangular solve"): lambda: (FeedbackAttention(WIDTH), tokens(7, WIDTH)),
     ("Sessa", "loop"): lambda: (FeedbackLoop(WIDTH), tokens(7, WIDTH)),
     ("Pattention", "as published"): lambda: (Pattention(WIDTH, WIDTH, 8), tokens(7)),
     ("MoVE", "as published"): lambda: (ValueBankAttention(WIDTH, 3, 2), (*tokens(7), torch.randn(3, WIDTH))),
+    ("MoVE", "softmax written out"): lambda: (WrittenBank(WIDTH, 3, 2), (*tokens(7), torch.randn(3, WIDTH))),
     ("GAM", "as published"): lambda: (MemoryRead(WIDTH, 8), tokens(7)),
 }
 """Each layer in each form, with example inputs."""

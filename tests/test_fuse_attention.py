@@ -133,11 +133,23 @@ def alone(q: Any, k: Any, v: Any) -> Any:
     return torch.softmax(q[0, 0] @ k[0, 0].T * 0.5, -1) @ v[0, 0]
 
 
+def memory(q: Any, k: Any, v: Any) -> Any:
+    """All tokens of all rows read one learned memory, as a layer [B, T, D] does."""
+    keys, values = k[0, 0], v[0, 0]
+    return torch.softmax(q[:, 0] @ keys.T, -1) @ values
+
+
+def memory_of_heads(q: Any, k: Any, v: Any) -> Any:
+    keys, values = k[0, 0], v[0, 0]
+    return torch.softmax((q @ keys.T * 0.5).masked_fill(torch.arange(T) == 2, LEAST), -1) @ values
+
+
 FUSED = {
     f.__name__: (f, flat if f is einsum else given)
     for f in (
         plain, scaled_before, upcast, added_mask, filled_mask, where_mask, triangle, old_style, einsum, merged_heads, biased_product,
-        stabilised, two_biases, temperature, soft_cap, with_sinks, alone,
+        stabilised, two_biases, temperature, soft_cap, with_sinks, alone, memory,
+        memory_of_heads,
     )
 }  # fmt: skip
 CAUSAL = {"added_mask", "filled_mask", "where_mask", "triangle", "old_style", "soft_cap"}

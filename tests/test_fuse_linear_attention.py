@@ -99,7 +99,52 @@ def by_channel_divided(q: Any, k: Any, v: Any, a: Any) -> Any:
     return weights.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), 0.0) @ v
 
 
+def earlier(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """A token does not see itself."""
+    return (q @ k.mT * D**-0.5).tril(-1) @ v
+
+
+def earlier_by_fill(q: Any, k: Any, v: Any, a: Any) -> Any:
+    at = torch.arange(T)
+    return torch.where(at >= at[:, None], 0.0, q @ k.mT) @ v
+
+
+def earlier_by_mask(q: Any, k: Any, v: Any, a: Any) -> Any:
+    seen = torch.ones(T, T, dtype=torch.bool).tril(-1)
+    return (q @ k.mT).masked_fill(~seen, 0.0) @ v
+
+
+def earlier_decayed(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = a.cumsum(-1)
+    kept = (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(torch.ones(T, T).triu(0) == 1, float("-inf")).exp()
+    return (q @ k.mT * kept) @ v
+
+
+def earlier_by_channel(q: Any, k: Any, v: Any, a: Any) -> Any:
+    since = (a[..., None] * torch.linspace(0.1, 0.5, D)).cumsum(-2)
+    return ((q * since.exp()) @ (k * torch.exp(-since)).mT).tril(-1) @ v
+
+
+def earlier_normalised(q: Any, k: Any, v: Any, a: Any) -> Any:
+    weights = (F.relu(q) @ F.relu(k).mT).tril(-1)
+    return weights / (weights.sum(-1, keepdim=True) + 1.0) @ v
+
+
+def powers_a_head(q: Any, k: Any, v: Any, a: Any) -> Any:
+    """RetNet's: one decay a head, to the power of the distance."""
+    at = torch.arange(T)
+    kept = torch.sigmoid(a[0, :, :1, None]) ** (at[:, None] - at).clamp(min=0)
+    return (q @ k.mT * kept.tril()) @ v
+
+
+def exp_of_distances(q: Any, k: Any, v: Any, a: Any) -> Any:
+    at = torch.arange(T)
+    return (q @ k.mT * torch.exp(-0.3 * (at[:, None] - at)).tril(-1)) @ v
+
+
 FUSED = (
+    *(earlier, earlier_by_fill, earlier_decayed, powers_a_head), *(pytest.param(f, marks=pytest.mark.full) for f in (
+        earlier_by_mask, earlier_by_channel, earlier_normalised, exp_of_distances)),
     by_tril, by_mask_of_ones, by_fill, by_positions, decayed, decayed_then_tril, heads_merged, shared_by_the_batch, by_an_input, normalised,
     normalised_behind, by_channel, by_channel_divided,
 )  # fmt: skip
@@ -141,6 +186,30 @@ def softmaxed(q: Any, k: Any, v: Any, a: Any) -> Any:
 
 def two_later(q: Any, k: Any, v: Any, a: Any) -> Any:
     return torch.tril(q @ k.mT, diagonal=2) @ v
+
+
+def two_earlier(q: Any, k: Any, v: Any, a: Any) -> Any:
+    return torch.tril(q @ k.mT, diagonal=-2) @ v
+
+
+def a_window(q: Any, k: Any, v: Any, a: Any) -> Any:
+    seen = torch.ones(T, T, dtype=torch.bool).tril() & torch.ones(T, T, dtype=torch.bool).triu(-8)
+    return (q @ k.mT).masked_fill(~seen, 0.0) @ v
+
+
+def powers_of_a_row(q: Any, k: Any, v: Any, a: Any) -> Any:
+    at = torch.arange(T)
+    return (q @ k.mT * (torch.sigmoid(a[..., None]) ** (at[:, None] - at).clamp(min=0)).tril()) @ v
+
+
+def powers_that_grow(q: Any, k: Any, v: Any, a: Any) -> Any:
+    at = torch.arange(T)
+    return (q @ k.mT * (0.9 ** (at - at[:, None]).clamp(max=0)).tril()) @ v
+
+
+def powers_of_any_sign(q: Any, k: Any, v: Any, a: Any) -> Any:
+    at = torch.arange(T)
+    return (q @ k.mT * (a[0, :, :1, None] ** (at[:, None] - at).clamp(min=0)).tril()) @ v
 
 
 def squared(q: Any, k: Any, v: Any, a: Any) -> Any:
@@ -202,6 +271,11 @@ KEPT = (
     (divided_by_keys, "divided by a tensor that differs from key to key"),
     (values_of_sums, "its values are computed from the sums of its weights"),
     (two_later, "diagonals up to 2"),
+    (two_earlier, "its weights hide the 2 nearest tokens; a token's own may be hidden"),
+    (a_window, "fills in something else than 0 for later tokens"),
+    (powers_of_a_row, "what is kept from token to token differs among tokens"),
+    (powers_that_grow, "is no distance from a row back to a key"),
+    (powers_of_any_sign, "whether it is positive is not known"),
     (squared, "relu stands between its products"),
     (read, "read elsewhere too"),
     (two_sums, "no differences of one running sum"),

@@ -87,8 +87,32 @@ def delta(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
     return torch.stack(outs, 2), s
 
 
+def blocks_read(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
+    """Three tokens at a time read the state in front of them, and are then written, by the delta rule."""
+    outs, beta, kept = [], torch.sigmoid(a[..., :1]), torch.exp(a[..., 1])
+    k = F.normalize(k, dim=-1)
+    for first in range(0, q.shape[2], 3):
+        outs.append(F.normalize(q[:, :, first : first + 3], dim=-1) @ s)
+        for t in range(first, first + 3):
+            s = s * kept[:, :, t, None, None]
+            wrong = v[:, :, t] - (k[:, :, t].unsqueeze(-1) * s).sum(-2)
+            s = s + k[:, :, t].unsqueeze(-1) * (beta[:, :, t] * wrong).unsqueeze(-2)
+    return torch.cat(outs, 2)
+
+
+def read_before_written(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
+    """Each token reads what came before it; one head that is no dimension."""
+    q, k, v, a, s = q[:, 0], k[:, 0], v[:, 0], a[:, 0], s[:, 0]
+    outs = []
+    for t in range(q.shape[1]):
+        outs.append(q[:, t, None] @ s)
+        s = s * a[:, t, :, None].exp() + k[:, t, :, None] * v[:, t, None]
+    return torch.cat(outs, 1)
+
+
 FUSED = (
-    by_sums, no_decay_and_features, delta, *(pytest.param(f, marks=pytest.mark.full) for f in (by_products, one_decay_a_head, a_number)),
+    by_sums, blocks_read, no_decay_and_features, delta, *(pytest.param(f, marks=pytest.mark.full) for f in (
+        by_products, one_decay_a_head, a_number, read_before_written)),
 )  # fmt: skip
 
 
@@ -108,7 +132,7 @@ def test_a_loop_becomes_one_node(function: Any) -> None:
     assert applied.applied and (applied.result.found, applied.result.expected) == (1, 1), applied.reason
     names = [op_name(n) for n in applied.program.graph.nodes if n.op == "call_function"]
     assert sum(n in OPS for n in names) == 1 and not {"sum", "matmul"} & set(names)
-    assert ("gated_delta_rule" in names) is (function is delta)
+    assert ("gated_delta_rule" in names) is (function in (delta, blocks_read))
     for made in (applied.program, spelled_out(applied.program)):
         for want, got in zip(both(function, given()), both(made.module, given()), strict=True):
             assert got.shape == want.shape and relative_error(want, got) < 1e-5
@@ -187,12 +211,13 @@ def a_nonlinear_one(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
     return torch.stack(out, 2)
 
 
-def an_average(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
-    out, s = [], s[:, :, 0]
-    for t in range(q.shape[2]):
-        s = s * 0.9 + 0.1 * v[:, :, t]
-        out.append(s)
-    return torch.stack(out, 2)
+def blocks_of_all_lengths(q: Any, k: Any, v: Any, a: Any, s: Any) -> Any:
+    out = []
+    for first, last in ((0, 2), (2, 6), (6, 9)):
+        out.append(q[:, :, first : first + 2] @ s)
+        for t in range(first, last):
+            s = s * 0.5 + k[:, :, t, :, None] * v[:, :, t, None]
+    return torch.cat(out, 2)
 
 
 KEPT = (
@@ -204,7 +229,7 @@ KEPT = (
     (skips, "does not follow from the one before"),
     (changes, "its decays are 0.5, 0.6"),
     (a_nonlinear_one, "no loop over tokens"),
-    (an_average, "without keys, such as a moving average"),
+    (blocks_of_all_lengths, "are read after 2, 4 tokens, and not always after equally many"),
 )
 
 

@@ -36,8 +36,8 @@ def _looped(node: fx.Node) -> str:
         return ""
     joined = [s for s in descendants(pieces[0]) if s is not node and op_name(s) in JOINS and pieces[2] in descendants(s)]
     if joined:
-        return "a loop in which each token reads the results of all earlier ones; write it as one torch.linalg.solve_triangular"
-    return "a loop whose state is what it gives, without keys, such as a moving average; it stays token after token"
+        return "a loop in which each token reads earlier results in another way than by weights; it stays token after token"
+    return "a loop whose state is what it gives, in another way than decayed with something added; it stays token after token"
 
 
 def _read_at_once(node: fx.Node) -> str:
