@@ -1,6 +1,6 @@
-"""torch.compile of a flat graph without one guard for each parameter: for a small batch Dynamo's checks of them take as long as several
-layers. Parameters, buffers and constants are looked at together instead: where each lies, its dtype, whether it has gradients. Where that changes and their kinds do too, the graph is compiled anew; inputs keep Dynamo's guards.
-"""
+"""torch.compile of a flat graph without one guard for each parameter: for a small batch Dynamo's checks of them take as long as
+several layers. Parameters, buffers and constants are looked at together instead: where each lies, its dtype, whether it has gradients.
+Where that changes and their kinds do too, the graph is compiled anew; inputs keep Dynamo's guards."""
 
 from __future__ import annotations
 

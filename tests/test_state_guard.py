@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 import dyncc
 from dyncc.backends.state_guard import StateGuard
-from dyncc.capture import capture
+from dyncc.capture import from_model
 
 
 class Scaled(nn.Module):
@@ -22,6 +26,7 @@ class Scaled(nn.Module):
         return self.linear(x) * self.scale
 
 
+@pytest.mark.full
 def test_values_are_read_anew_and_nothing_is_compiled_again() -> None:
     model, x = Scaled().eval(), torch.randn(2, 4)
     run = dyncc.optimize(model, (x,), passes="", engine="inductor", evidence="off")
@@ -39,8 +44,10 @@ def test_values_are_read_anew_and_nothing_is_compiled_again() -> None:
     assert isinstance(compiled, StateGuard) and compiled.builds == 1
 
 
-def test_another_dtype_of_a_parameter_is_compiled_anew() -> None:
-    guarded = StateGuard(*program_of(Scaled().eval()))
+def test_another_dtype_of_a_parameter_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options) or module)
+    guarded = StateGuard(from_model(Scaled().eval(), (torch.randn(2, 4),))[0], dynamic=False)
     state = [torch.randn(3, 4), torch.randn(3), torch.ones(1)]
     x = torch.randn(2, 4)
     wanted = nn.functional.linear(x, state[0], state[1]) * state[2]
@@ -48,7 +55,7 @@ def test_another_dtype_of_a_parameter_is_compiled_anew() -> None:
         torch.testing.assert_close(guarded(*state, x)[0], wanted)
         doubles = [t.double() for t in state]
         assert guarded.builds == 1 and guarded(*doubles, x.double())[0].dtype == torch.float64 and guarded.builds == 2
-
-
-def program_of(model: nn.Module) -> tuple[object, bool]:
-    return capture(model, (torch.randn(2, 4),)).program, False
+        again = [t.clone() for t in doubles]
+        assert guarded(*again, x.double())[0].dtype == torch.float64 and guarded.builds == len(asked) == 2, "memory alone is exchanged"
+    guards = [SimpleNamespace(name=name) for name in ("p_linear_weight", "L['p_linear_bias']", "x", "")]
+    assert asked[0]["options"]["guard_filter_fn"](guards) == [False, False, True, True]

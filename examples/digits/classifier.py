@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 def neighbours(side: int) -> Tensor:
-    """[1 + T, 1 + T], true where a token sees another: itself and the patches beside it; the class token, the first, sees the first patch."""
+    """[1 + T, 1 + T], true where a token sees another: itself and those beside it; the class token, the first, sees the first patch."""
     row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
     apart = (row[:, None] - row).abs() + (column[:, None] - column).abs()
     seen = torch.zeros(1 + side * side, 1 + side * side, dtype=torch.bool)
