@@ -7,6 +7,11 @@
     unit.<layer>.down.weight [r, D], .up.weight [D, r], .bias [D]         layer(x) - x from x
     unit.<layer>.router.weight [1, D], .router.bias [1]                   from x / rms(x): log of how wrong that is, or a given router
     unit.<layer>.router.quantiles [101]                                   of the router's scores on the calibration data
+    unit.<layer>.small.up.weight [s, D], .small.down.weight [D, s]        given: a small MLP in the form of the layer's own (small_mlp.py),
+                                                                          with .small.gate.weight [s, D] and biases where that has them
+    unit.<layer>.levels.weight [3, D], .levels.bias [3]                   given: skip, small or big, for each token
+    iteration.<n>.router.weight [1, D], .router.bias [1]                  given: does a token run iteration n (route_iterations.py)
+    iteration.levels.weight [N, D], .levels.bias [N]                      given: which iteration of N is a token's last
     drop.divergence [L], float64                                          what leaving out one layer alone costs
 """
 
@@ -31,9 +36,14 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "exit.gate.weight": (1, 4), "exit.gate.bias": (1,), "exit.controller.weight": (3, "D"),
     "unit.down.weight": ("r", "D"), "unit.up.weight": ("D", "r"), "unit.bias": ("D",),
     "unit.router.weight": (1, "D"), "unit.router.bias": (1,), "unit.router.quantiles": ("Q",),
+    "unit.small.up.weight": ("s", "D"), "unit.small.up.bias": ("s",), "unit.small.gate.weight": ("s", "D"),
+    "unit.small.gate.bias": ("s",), "unit.small.down.weight": ("D", "s"), "unit.small.down.bias": ("D",),
+    "unit.levels.weight": (3, "D"), "unit.levels.bias": (3,),
+    "iteration.router.weight": (1, "D"), "iteration.router.bias": (1,),
+    "iteration.levels.weight": ("N", "D"), "iteration.levels.bias": ("N",),
     "drop.divergence": ("L",),
 }  # fmt: skip
-_LAYERED = re.compile(r"(exit|unit)\.(\d+)\.(.+)")
+_LAYERED = re.compile(r"(exit|unit|iteration)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +142,7 @@ def save_parameters(model: nn.Module, tensors: Mapping[str, Tensor], path: str |
 
 
 def shape_problem(tensors: Mapping[str, Tensor]) -> str:
-    """Why these are no parameters; ''. Sizes called by one letter must agree, the rank `r` within a layer."""
+    """Why these are no parameters; ''. Sizes called by one letter must agree, the ranks `r` and `s` within a layer."""
     if not tensors:
         return "it holds no tensors"
     bound: dict[str, int] = {}
@@ -141,7 +151,7 @@ def shape_problem(tensors: Mapping[str, Tensor]) -> str:
         if wanted is None:
             return f"{name!r} is no name of a parameter"
         layer = (_LAYERED.fullmatch(name) or ["", "", ""])[2]
-        letters = [f"r{layer}" if w == "r" else f"{w}{name}" if w == "Q" else w for w in wanted]
+        letters = [f"{w}{layer}" if w in ("r", "s") else f"{w}{name}" if w == "Q" else w for w in wanted]
         sizes_fit = (n == (bound.setdefault(w, n) if isinstance(w, str) else w) for n, w in zip(tensor.shape, letters, strict=False))
         if tensor.dim() != len(letters) or not all(sizes_fit) or not tensor.is_floating_point():
             sizes = ", ".join(str(bound.get(str(w), w)) for w in letters)

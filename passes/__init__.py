@@ -18,6 +18,7 @@ PASSES: tuple[tuple[str, str], ...] = (
     ("drop-layers", "drop_layers:DropLayers"),
     ("exit-early", "exit_early:ExitEarly"),
     ("route-tokens", "route_tokens:RouteTokens"),
+    ("route-iterations", "route_iterations:RouteIterations"),
 )
 """Name and place of every pass, in their default order."""
 

@@ -4,7 +4,8 @@ At each site the model's own head (the graph behind its last layer) is computed 
 file gives one. A row leaves at the first site whose score reaches the threshold; what lies between two sites is a branch (dyncc/branch.py)
 on the rows that stayed. Decisions are each row's own. Lossy; with a threshold above 1 no row leaves, at 0 all leave at the first site.
 Keys and values that the graph returns are made of the state that a row left with, where it skips their layer (exit_keys.py).
-Side conditions: nothing else that the caller gets is made behind the first site, and no cache is written in place there.
+A cache that is written in place there, as dyncc.KVCache is, gets them last (exit_caches.py).
+Side conditions: nothing else that the caller gets is made behind the first site, and nothing else is written in place there.
 Schuster et al., Confident Adaptive Language Modeling, NeurIPS 2022; the map in front of the head: Din et al., Jump to Conclusions, 2023.
 """
 
@@ -26,6 +27,7 @@ from dyncc.fitted import Parameters, load_fitted
 from dyncc.ir import Program, descendants, emit, hint, output_node, shape
 from dyncc.options import Keep, Layers, settle
 from dyncc.pass_tensors import brought, check_belongs
+from dyncc.passes.exit_caches import written_keys
 from dyncc.passes.exit_heads import Head, Map, find_head, put_head
 from dyncc.passes.exit_keys import keys_behind, projected, stored_keys
 from dyncc.passes.exit_scores import OF_LOGITS
@@ -103,16 +105,17 @@ class ExitEarly(Pass):
         layers = tuple(dict.fromkeys(self.layers.resolve(len(stack.layers))))
         if layers[-1] == len(stack.layers) - 1:
             raise Refusal(f"no layer is left to skip after layer {layers[-1]}, the last one; choose an earlier layer")
+        appended = written_keys(program.graph, stack.layers[layers[0]].end, stack.layers[0].start)
         behind = descendants(stack.layers[layers[0]].end)
-        if written := [n for n in facts.mutated if n in behind]:
-            problem = "writes in place behind the first exit, as caches such as dyncc.KVCache do, and a branch must not"
-            raise Refusal(f"{where(written[0])} {problem}; take the past as inputs and return it, as dyncc.decoding.Decode does")
+        if written := [n for n in facts.mutated if n in behind and n not in appended.values()]:
+            problem = "writes in place behind the first exit, and a branch must not; give generate() past_key_values=dyncc.KVCache()"
+            raise Refusal(f"{where(written[0])} {problem}, or take the past as inputs and return it, as dyncc.decoding.Decode does")
         given = self._fitted()
         if given is not None:
             width = hint(shape(stack.layers[0].end)[-1])
             check_belongs(given, program, context.values, width)
         head = find_head(program.graph, facts.axes, stack, output_reads(program, facts, stack))
-        stored = stored_keys(program, facts, stack)
+        stored = {**stored_keys(program, facts, stack), **appended}
         if self.realise == "static":
             return self._cut(program, stack, head, layers, stored)
         sites = self._sites(program, facts.axes, stack, head, layers)

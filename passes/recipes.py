@@ -82,6 +82,46 @@ DEPTH = (
         confidence="medium",
     ),
     Recipe(
+        name="duo-llm",
+        means="route-tokens{rate=0.5 site=mlp fill=small rule=level}",
+        citation="Alizadeh et al., Duo-LLM: A Framework for Studying Adaptive Computation in Large Language Models, 2024",
+        needs="trained weights",
+        note="file= takes small MLPs in the form of the model's own and a router of three logits for each layer "
+        "(dyncc.save_parameters); rate= bounds how many tokens of a sequence take the big one, and the others that ask for it "
+        "take the small one; attention runs for all",
+        confidence="medium",
+    ),
+    Recipe(
+        name="mixture-of-recursions",
+        means="route-iterations{keep=1.0,0.67,0.34 rule=count combine=add alpha=0.1}",
+        citation="Bae et al., Mixture-of-Recursions: Learning Dynamic Recursive Depths for Adaptive Token-Level Computation, 2025",
+        needs="trained weights",
+        note="expert choice in 3 recursions, file= takes a trained router for each (dyncc.save_parameters); rule=level alpha=1.0 is "
+        "token choice, rule=threshold the authors' rule for decoding. Keys are those of the tokens that run; models whose "
+        "recursions read the first one's keys are refused. The authors round capacities down",
+        confidence="high",
+    ),
+    Recipe(
+        name="anira",
+        means="route-iterations{keep=0.5 rule=level combine=replace}",
+        citation="ANIRA, 2026: early and online decisions of per-token depth in a recurrent transformer",
+        needs="trained weights",
+        note="the early variant: a trained classifier of the state in front of the recurrent core says how often a token runs it; "
+        "rule=threshold is the online one, a probability of going on each iteration. keep= bounds how many run; the formulas "
+        "are ours, after summaries of the paper",
+        confidence="low",
+    ),
+    Recipe(
+        name="think-at-hard",
+        means="route-iterations{keep=0.25 rule=threshold threshold=0.9 combine=replace}",
+        citation="Think-at-Hard: Selective Latent Iterations to Improve Reasoning Language Models, 2025",
+        needs="trained weights",
+        note="for models that spell both iterations, adapters of the second one among them; other tokens keep their first state, and "
+        "so their first logits. The decider is linear in that state, where the authors' reads four layers and logits; second "
+        "logits take the place of the first, where theirs are added; a second iteration that reads keys of both is refused",
+        confidence="low",
+    ),
+    Recipe(
         name="skipdecode",
         means="drop-layers{active=1 warm=1}",
         citation="Del Corro et al., SkipDecode: Autoregressive Skip Decoding with Batching and Caching for Efficient LLM Inference, 2023",

@@ -11,7 +11,7 @@ from tiny import Tiny, dynamic, inputs
 from torch import nn
 
 import dyncc
-from dyncc.errors import DynccUsageError
+from dyncc.errors import BadParameterFile, BadParameters, DynccUsageError, LayerOutOfRange
 
 ENCODER = Tiny(layers=4)
 DECODER = Tiny(kind="decoder", returns="last", layers=4)
@@ -215,6 +215,22 @@ def test_parameters_must_belong_to_the_model(tmp_path: Path) -> None:
         optimized(model, values, f"layers=1 file={tmp_path / 'none.safetensors'}")
     with pytest.raises(DynccUsageError, match="needs file="):
         optimized(model, values, "layers=1 score=probe")
+
+
+def test_layers_and_heads_that_do_not_fit_the_model_are_told(tmp_path: Path) -> None:
+    model, values = ENCODER.build(), inputs(ENCODER)
+    with pytest.raises(LayerOutOfRange, match="layer 4 is out of range: the model's 4 layers are numbered 0 to 3"):
+        optimized(model, values, "layers=1,4")
+    for name, tensor, words in (
+        ("exit.controller.weight", torch.zeros(2, 16), r"exit.controller.weight is float32\[2, 16\]; floating point \[3, "),
+        ("exit.1.map.weight", torch.zeros(16), r"exit.1.map.weight is float32\[16\]"),
+        ("exit.1.probe.weight", torch.full((1, 16), torch.nan), "exit.1.probe.weight holds NaN or infinite numbers"),
+    ):
+        with pytest.raises(BadParameters, match=words):
+            dyncc.save_parameters(model, {name: tensor}, tmp_path / "wrong")
+    file = dyncc.save_parameters(model, {"exit.1.map.weight": torch.zeros(8, 8), "exit.1.map.bias": torch.zeros(8)}, tmp_path / "narrow")
+    with pytest.raises(BadParameterFile, match=r"exit.1.map.\w+ is \[8.*\], the residual stream is 16 wide"):
+        optimized(model, values, f"layers=1 file={file}")
 
 
 @pytest.mark.parametrize("realise", mostly_full([*REALISE, "static"], ("compact",)))

@@ -125,9 +125,10 @@ def test_the_shipped_registry_is_consistent() -> None:
         "evict-kv": {"streamingllm", "h2o", "a2sf", "keyformer", "snapkv", "dapq", "lookaheadkv", "trim-kv", "attention-gate", "tova"},
         "exit-early": {"calm", "jei-dnn", "stop-exit"},
         "drop-layers": {"skipdecode"},
-        "route-tokens": {"informed-routing", "mixture-of-depths"},
+        "route-tokens": {"informed-routing", "mixture-of-depths", "duo-llm"},
+        "route-iterations": {"mixture-of-recursions", "anira", "think-at-hard"},
     }
-    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 28
+    assert {kind: {r.name for r in RECIPES if r.pass_name == kind} for kind in kinds} == kinds and len(RECIPES) == 32
     assert all(recipe.pass_name in registry.names() and recipe.citation for recipe in RECIPES)
     assert set(registry.exact) <= set(registry.names())
 

@@ -52,6 +52,8 @@ def test_bad_calibration_is_named() -> None:
     behind, full = population(20, 1)
     with pytest.raises(BadCalibration, match="at least one site"):
         exit_threshold([], full)
+    with pytest.raises(BadCalibration, match="at least one site"):
+        exit_threshold([behind[0][:0]], full[:0])
     with pytest.raises(BadCalibration, match="behind sites"):
         exit_threshold([behind[0][:3]], full)
     with pytest.raises(BadCalibration, match="NaN"):

@@ -170,6 +170,16 @@ def test_rows_of_the_batch_are_their_own(fitted: Any) -> None:
     assert same(made(*values)[order], made(*(v[order] for v in values)))
 
 
+def test_nan_stays_in_its_own_sequence() -> None:
+    tiny = KINDS["encoder"]
+    model, (ids,) = tiny.build(), inputs(tiny, 3, 9)
+    model.tokens.weight[30] = torch.nan
+    ids = ids.clamp(max=29)
+    ids[1, 4] = 30
+    made = routed(model, (ids,), "rate=0.4 fill=carry score=norm")
+    assert made(ids).isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
 @pytest.mark.full
 def test_the_cache_holds_every_token_of_every_layer(fitted: Any) -> None:
     tiny = KINDS["decoder, cache"]

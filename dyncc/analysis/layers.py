@@ -140,7 +140,7 @@ def _layers(
     after = [_behind(r.out, spine, order) for r in members]
     if any(not a for a in after):
         return f"attention {next(r.index for r, a in zip(members, after, strict=True) if not a)}: it does not return to the residual spine"
-    last = _last_residual(after[-1], starts[-1])
+    last = last_residual(after[-1], starts[-1])
     ends = [*starts[1:], last]
     layers = tuple(
         Layer(i, region, start, _middle(start, follow, end, order), end)
@@ -158,7 +158,7 @@ def _behind(out: fx.Node, spine: list[fx.Node], order: dict[fx.Node, int]) -> li
     return [n for n in spine if order[n] > order[out] and n in reach]
 
 
-def _last_residual(after: list[fx.Node], start: fx.Node) -> fx.Node:
+def last_residual(after: list[fx.Node], start: fx.Node) -> fx.Node:
     """Where the last layer ends: the last residual add behind its attention; with post-norm, the norm that follows it."""
     adds = [
         n
