@@ -9,6 +9,7 @@ from torch import fx
 
 from dyncc.backends.native import with_native_kernels
 from dyncc.backends.open_gates import with_open_gates
+from dyncc.backends.packed_operands import with_packed_operands
 from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.backends.size_symbols import define_sizes
 from dyncc.backends.state_guard import StateGuard
@@ -25,6 +26,7 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
     """Compile a program; door 1 programs must be lowered before the backend returns (later, lengths would be specialised)."""
     lowered, notes = with_native_kernels(with_open_gates(program))
     safe = spelled_safely(lowered if any(_by_its_kernel(n) for n in lowered.graph.nodes) else spelled_out(lowered, COMPILED))
+    safe = with_packed_operands(safe)
     if program.door == 1:
         define_sizes(safe.module.graph)
         run = compile_graph(safe.module, inputs)

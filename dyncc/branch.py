@@ -83,7 +83,7 @@ def chosen(active: Tensor, rows: Tensor, otherwise: Tensor, dim: int = 0) -> Ten
     mask = active.view([-1 if i == dim else 1 for i in range(rows.dim())])
     if rows.dtype is torch.bool:  # ONNX Runtime has no Where of truth values
         return (mask & rows) | (~mask & otherwise)
-    return torch.where(mask, rows, otherwise).contiguous()
+    return torch.where(mask, rows, otherwise).clone(memory_format=torch.contiguous_format)  # strides alike in all branches
 
 
 def active_rows(active: Tensor, count: int) -> Tensor:
