@@ -43,6 +43,8 @@ def _flops(node: fx.Node) -> int:
         return 0 if node.args[3] == "recents" else 2 * _numel(slots[0]) * _size(slots[1], -2)
     if name == "score_pages":
         return 4 * _numel(slots[0]) * _size(slots[1], -2)
+    if name == "attend_slots":
+        return 2 * (_numel(node) // _size(node, -1)) * (_numel(slots[1]) + _numel(slots[2]))
     if name in RECURRENT:
         return RECURRENT[name] * _numel(slots[0]) * _size(slots[2], -1)
     if name in ("conv1d", "conv2d", "conv3d", "convolution"):

@@ -9,10 +9,11 @@ from typing import Any
 from torch import fx
 
 from dyncc.ir import Program, emit
-from dyncc.kernels import append_rows, decayed_sum, fused_attention, gated_delta_rule, gated_linear_attention, one_row
+from dyncc.kernels import append_rows, decayed_sum, fused_attention, gated_delta_rule, gated_linear_attention, one_row, slot_attention
 
 TRUTHS = {
     **one_row.TRUTHS, **fused_attention.TRUTHS, **gated_linear_attention.TRUTHS, **gated_delta_rule.TRUTHS, **decayed_sum.TRUTHS,
+    **slot_attention.TRUTHS,
 }  # fmt: skip
 """The truth of every op of dyncc's own that passes emit and that computes something."""
 

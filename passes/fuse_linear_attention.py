@@ -12,7 +12,8 @@ multiplies less.
 
 Loops over tokens that a capture wrote out are read too: such recurrences and the gated delta rule, where tokens read their own state or
 blocks of them one state (unrolled_recurrence.py), averages that move (running_sum.py), and tokens that read all earlier results, which one
-triangular solve gives (feedback_solve.py).
+triangular solve gives (feedback_solve.py). Attention to many learned slots whose scores have unit length (TokenFormer) is computed a few
+rows at a time (slots_by_rows.py).
 
 Which of the equal forms runs is one rule: token after token up to 4 tokens, chunks beyond, and all pairs where no form is read. Exact up to
 rounding, with one exception: decays that overflow before they are hidden or taken back give NaN when written out, and none when fused.
@@ -37,11 +38,13 @@ from dyncc.analysis.linear_attention import PRODUCTS, Linear, pairs, powers, rea
 from dyncc.analysis.other_mixers import why_none
 from dyncc.analysis.running_sums import read_sums, sums
 from dyncc.analysis.series import NotUnrolled
+from dyncc.analysis.slots import NotSlots, read_slots, slots
 from dyncc.analysis.unrolled import joins, read_steps
 from dyncc.ir import descendants, emit, hint, hoist, is_mutating, is_symbolic, op_name, shape
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
 from dyncc.passes.feedback_solve import fuse_feedback
 from dyncc.passes.running_sum import fuse_sum
+from dyncc.passes.slots_by_rows import fuse_slots
 from dyncc.passes.unrolled_recurrence import LONGEST, fuse_unrolled
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
@@ -66,7 +69,7 @@ class FuseLinearAttention(Pass):
             try:
                 gain = fuse(node) or gain
                 done += 1
-            except (NotLinear, NotUnrolled) as why:
+            except (NotLinear, NotUnrolled, NotSlots) as why:
                 misses.append(f"{node.name}: {why}")
         if not done:
             raise Refusal(misses[0] if misses else why_none(program.graph))
@@ -107,6 +110,10 @@ def _fuse_feedback(joined: fx.Node) -> str:
     return ""
 
 
+def _fuse_slots(out: fx.Node) -> str:
+    return fuse_slots(read_slots(out))
+
+
 FORMS: tuple[tuple[Callable[[fx.Graph], list[fx.Node]], Callable[[fx.Node], str]], ...] = (
     (lambda graph: _products(graph, pairs), _fuse_pairs),
     (lambda graph: _products(graph, powers), _fuse_powers),
@@ -114,6 +121,7 @@ FORMS: tuple[tuple[Callable[[fx.Graph], list[fx.Node]], Callable[[fx.Node], str]
     (block_joins, _fuse_blocks),
     (sums, _fuse_sum),
     (feedbacks, _fuse_feedback),
+    (slots, _fuse_slots),
 )
 """What finds candidates of one form in a graph, and what puts a node in place of one; it returns from which length on that pays."""
 

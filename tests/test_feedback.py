@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from graphs import program
 
+import dyncc
+from dyncc.backends.onnx_export import OnnxExportError
 from dyncc.evidence import relative_error
 from dyncc.ir import op_name
 from dyncc.passes.fuse_linear_attention import FuseLinearAttention
@@ -140,3 +143,33 @@ def test_what_is_none_stays_with_the_reason(function: Any, reason: str) -> None:
     captured, applied = fused(function)
     assert not applied.applied and reason in applied.reason, applied.reason
     assert fingerprint(applied.program.graph) == fingerprint(captured.graph)
+
+
+class Loop(torch.nn.Module):
+    def forward(self, w: Any, f: Any) -> Any:
+        return by_sums(w, None, f)
+
+
+@pytest.fixture
+def with_a_solve() -> Any:
+    """What makes an optimized loop on an engine, and its inputs."""
+    w, _, f = given()
+    with torch.no_grad():
+        yield lambda engine: dyncc.optimize(Loop(), (w, f), passes="fuse-linear-attention", engine=engine, evidence="numeric"), (w, f)
+
+
+@pytest.mark.full
+def test_a_solve_has_no_onnx_form_and_is_named(with_a_solve: Any, tmp_path: Path) -> None:
+    make, _ = with_a_solve
+    with pytest.raises(OnnxExportError, match="solve_triangular"):
+        make("reference").export_onnx(tmp_path / "solve.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_onnxruntime_leaves_a_solve_to_inductor_with_the_reason(with_a_solve: Any) -> None:
+    make, values = with_a_solve
+    made = make("onnxruntime")
+    assert made.report.rewrites[0].applied and made.report.engine == "inductor"
+    assert "engine not taken: onnxruntime: no ONNX form" in str(made.report) and "linalg_solve_triangular" in str(made.report)
+    assert relative_error(Loop()(*values), made(*values)) < 1e-5

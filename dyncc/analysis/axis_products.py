@@ -21,6 +21,13 @@ def linear(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
     return OpAxes(links=links, contracts=[Contract(0, len(x) - 1, 1, 1)])
 
 
+@rule("attend_slots")
+def attend_slots(node: fx.Node, slots: list[fx.Node]) -> OpAxes:
+    rank = len(shape(node))
+    links = [Link(i, 0, i) for i in range(rank - 1)] + [Link(rank - 1, 2, 1)]
+    return OpAxes(links=links, contracts=[Contract(0, rank - 1, 1, 1), Contract(1, 0, 2, 0)])
+
+
 def _product(node: fx.Node, slots: list[fx.Node], a: int, b: int) -> OpAxes:
     sa, sb, out = shape(slots[a]), shape(slots[b]), len(shape(node))
     links: list[Link] = []
