@@ -122,6 +122,7 @@ def test_onnx_is_checked_at_three_points_and_the_table_printed(run: Any) -> None
     assert len(rows) == 3 and all("error" in row and "FAILED" not in row for row in rows)
 
 
+@pytest.mark.full
 def test_onnx_that_disagrees_is_a_failed_check(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "run_session", lambda session, names, tensors: [torch.zeros(2, 31)])
     code, _, err = run(MODEL, "-o", "model.onnx")

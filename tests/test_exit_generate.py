@@ -42,7 +42,8 @@ def lengths(cache: Any) -> list[int]:
     return [layer.store.length for layer in cache.layers]
 
 
-@pytest.mark.parametrize(("batch", "pads"), [(2, 3), pytest.param(1, 0, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize(("batch", "pads"), [(2, 3), (1, 0)])
 def test_where_no_row_leaves_the_tokens_are_dense_ones(batch: int, pads: int) -> None:
     before, cache = len(dyncc.reports()), dyncc.KVCache()
     assert torch.equal(generated("layers=0 threshold=1.5", cache, batch, pads), dense(batch, pads))

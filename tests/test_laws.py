@@ -96,6 +96,7 @@ def test_running_fewer_rows_is_masking_them(policy: tuple[Tiny, str, bool]) -> N
     assert same(tiny, made.masked(*values), made(*values))
 
 
+@pytest.mark.full
 @examples(4)
 @given(policies())
 def test_running_fewer_rows_is_masking_them_at_any_length(policy: tuple[Tiny, str, bool]) -> None:

@@ -10,7 +10,7 @@ from zoo_model import relative_error
 import dyncc
 
 LAYERS, SLACK, TOLERANCE = 2, 1e-6, 1e-5
-QUICK = ("vit", "t5-encoder", "llama-last")
+QUICK = ("vit", "llama-last")
 NAMES = [pytest.param(model.name, marks=() if model.name in QUICK else pytest.mark.full) for model in ZOO]
 
 
