@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     parser.add_argument("--times", type=int, default=26, help="canvases of each digit to test on")
-    parser.add_argument("--risk", type=float, default=0.01, help="share of rows that may differ from the full model")
+    parser.add_argument("--risk", type=float, default=0.015, help="share of rows that may differ from the full model")
     parser.add_argument("--promised", type=float, default=0.02, help="the share whose promise is tried again and again")
     parser.add_argument("--engines", default="inductor,onnxruntime")
     parser.add_argument("--batches", default="1,16")
