@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from dyncc import verdicts
-from dyncc.ir import Program, argument, aten, emit, hint, is_symbolic, operands, shape, val
+from dyncc.ir import Program, argument, aten, emit, hint, is_symbolic, operands, shape, take_place, val
 from dyncc.kernels.native import TYPES
 from dyncc.kernels.one_row import ATTEND_ROW, TRUTHS
 from dyncc.timing import least_seconds
@@ -99,6 +99,4 @@ def replace(node: fx.Node) -> None:
     mask, scale = argument(node, "attn_mask"), argument(node, "scale")
     masks = [mask] if isinstance(mask, fx.Node) else []
     new = emit(node, lambda q, k, v, *masks: attend(q, k, v, masks[0] if masks else None, scale), q, k, v, *masks)
-    new.meta = {**node.meta, "val": new.meta["val"]}
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+    take_place(node, new)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dyncc.ir import Program, argument, emit, val
+from dyncc.ir import Program, argument, emit, take_place, val
 from dyncc.kernels.fused_attention import ATTEND
 from dyncc.kernels.fused_attention.truth import gated
 
@@ -28,9 +28,7 @@ def with_open_gates(program: Program) -> Program:
     opened = program.copy()
     for node in [n for n in opened.graph.nodes if _gated_on_cpu(n)]:
         new = emit(node, partial(_open, tuple(node.kwargs)), *node.args, *node.kwargs.values())
-        new.meta = {**node.meta, "val": new.meta["val"]}
-        node.replace_all_uses_with(new)
-        opened.graph.erase_node(node)
+        take_place(node, new)
     opened.graph.lint()
     opened.module.recompile()
     return opened

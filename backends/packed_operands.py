@@ -10,16 +10,18 @@ from torch import Tensor, fx
 
 from dyncc.ir import Program, is_tensor, refresh, val
 
+_library = torch.library.Library("dyncc", "FRAGMENT")
+_library.define("packed(Tensor x) -> Tensor")
 
-@torch.library.custom_op("dyncc::packed", mutates_args=())
+
 def packed(x: Tensor) -> Tensor:
     """A copy of x without gaps, its dimensions in order."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@packed.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+_library.impl("packed", packed, "CompositeExplicitAutograd")
+torch.library.register_fake("dyncc::packed", packed)
+PACKED = torch.ops.dyncc.packed.default
 
 
 def with_packed_operands(program: Program) -> Program:
@@ -47,6 +49,6 @@ def _turned(operand: Any) -> bool:
 def _packed(call: fx.Node, operand: Any, known: dict[fx.Node, fx.Node]) -> fx.Node:
     if operand not in known:
         with call.graph.inserting_before(call):
-            known[operand] = call.graph.call_function(torch.ops.dyncc.packed.default, (operand,))
+            known[operand] = call.graph.call_function(PACKED, (operand,))
         refresh(known[operand])
     return known[operand]

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import fx
 
-from dyncc.ir import Program, aten, emit, is_tensor, op_name, operands, shape
+from dyncc.ir import Program, aten, emit, is_tensor, op_name, operands, shape, take_place
 
 PRODUCTS = {"matmul", "bmm"}
 PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "swapaxes", "swapdims", "movedim", "moveaxis"}
@@ -100,9 +100,7 @@ def _respell(node: fx.Node, is_key: bool) -> None:
         return aten.transpose.int(fixed, -2, -1) if is_key else fixed
 
     new = emit(node, spelled, node.args[0])
-    new.meta = {**node.meta, "val": new.meta["val"]}
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+    take_place(node, new)
 
 
 def _computed(moved: torch.Tensor) -> torch.Tensor:

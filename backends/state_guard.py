@@ -1,6 +1,6 @@
 """torch.compile of a flat graph without one guard for each parameter: for a small batch Dynamo's checks of them take as long as
-several layers. Parameters, buffers and constants are looked at together instead: where each lies, its dtype, whether it has gradients.
-Where that changes and their kinds do too, the graph is compiled anew; inputs keep Dynamo's guards."""
+several layers. Parameters, buffers and constants are looked at together instead: where each lies, its dtype and sizes, whether it has
+gradients. Where that changes and their kinds do too, the graph is compiled anew; inputs keep Dynamo's guards."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dyncc.ir import Program
 STATE = ("parameter", "buffer", "constant")
 
 
-def address(tensor: Tensor) -> tuple[int, torch.dtype, bool]:
-    """What changes where a tensor's memory is exchanged, as `module.to()` does."""
-    return tensor.data_ptr(), tensor.dtype, tensor.requires_grad
+def address(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes where a tensor's memory is exchanged, as `module.to()` does, or looked at in another way."""
+    return tensor.data_ptr(), tensor.dtype, tensor.requires_grad, tensor.size(), tensor.stride()
 
 
 def kind(tensor: Tensor) -> tuple[Any, ...]:

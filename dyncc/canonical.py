@@ -14,7 +14,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from dyncc.ir import argument, aten, drop_dead, emit, is_mutating, is_tensor, op_name, operands, outputs, refresh, same_size, shape
+from dyncc.ir import (
+    argument,
+    aten,
+    drop_dead,
+    emit,
+    is_mutating,
+    is_tensor,
+    op_name,
+    operands,
+    outputs,
+    refresh,
+    same_size,
+    shape,
+    take_place,
+)
 
 HIGHER_ORDER = torch.ops.higher_order
 ASSERTIONS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"}
@@ -78,9 +92,7 @@ def _replace(node: fx.Node, function: Callable[..., Any]) -> None:
         return
     composite = node.target is not aten.einsum.default or _matrix_orders(str(node.args[0])) is not None
     new = emit(node, function, *tensors, pre_dispatch=composite)
-    new.meta = {**node.meta, "val": new.meta["val"]}
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+    take_place(node, new)
 
 
 def _einsum(node: fx.Node) -> Callable[..., Any]:

@@ -179,6 +179,14 @@ def refresh(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)
 
 
+def take_place(old: fx.Node, new: fx.Node) -> fx.Node:
+    """Give a node's readers, and what else is noted of it, to another one, which is returned; the old one is erased."""
+    new.meta = {**old.meta, "val": new.meta["val"]}
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    return new
+
+
 def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch: bool = True) -> Any:
     """Trace `function` on the fake values of `args` and insert its ops before a node; returns the node(s) of its result.
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def report(
     model: Classifier, training: Canvases, calibration: Canvases, test: Canvases, folder: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Accuracy of the full model and of every cut, the promise, then exits in every engine."""
-    fitting = [(part,) for part in training.some(options.fitted).images.split(64)]
+    again = Canvases(training.images, training.labels, seed=1)  # whoever trained has drawn from the other
+    fitting = [(part,) for part in again.some(options.fitted).images.split(64)]
     maps = fit_maps(model, fitting, folder)
     drawn = calibration.each(1)
     behind = logits_behind(model, maps, drawn.images)
@@ -87,13 +89,24 @@ def report(
     layers, buckets = (",".join(map(str, x)) for x in (SITES, BUCKETS))
     passes = f"exit-early{{layers={layers} threshold={chosen.threshold:.4f} buckets={buckets} file={folder}}}"
     found: dict[str, Any] = {"threshold": chosen.threshold, "layers": mean, "histogram": histogram, "promise": held, "cuts": cuts}
-    torch.set_num_threads(options.threads)
     cut_behind = list(map(int, options.cuts.split(",")))
-    for engine in options.engines.split(","):
-        for batch in map(int, options.batches.split(",")):
-            made = Engine(model, passes, cut_behind, folder, engine, batch)
-            found[f"{engine}, batch {batch}"] = made.measure(drawn.images, drawn.labels, drawn.digits, right, expected, options.pairs)
+    with threads(options.threads):
+        for engine in options.engines.split(","):
+            for batch in map(int, options.batches.split(",")):
+                made = Engine(model, passes, cut_behind, folder, engine, batch)
+                found[f"{engine}, batch {batch}"] = made.measure(drawn.images, drawn.labels, drawn.digits, right, expected, options.pairs)
     return found
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads in PyTorch, and in ONNX Runtime's sessions, which follow it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fit_maps(model: Classifier, data: Sequence[tuple[Tensor]], folder: Path) -> list[tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
 from dyncc.analysis.facts import Facts
-from dyncc.ir import argument, aten, emit, hint, is_tensor, op_name, operands, refresh, same_size, shape, val
+from dyncc.ir import argument, aten, emit, hint, is_tensor, op_name, operands, refresh, same_size, shape, take_place, val
 from dyncc.passes.gqa_forms import fastest
 from dyncc.restrict import Refusal
 from dyncc.rewrite import Context, Pass, PassResult
@@ -110,9 +110,7 @@ def _one_row(mask: fx.Node, q: fx.Node) -> bool:
 
 def _replace(sdpa: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, form: str, causal: bool) -> None:
     new = _native(sdpa, q, k, v, mask, causal) if form == "native" else _folded(sdpa, q, k, v, mask)
-    new.meta = {**sdpa.meta, "val": new.meta["val"]}
-    sdpa.replace_all_uses_with(new)
-    sdpa.graph.erase_node(sdpa)
+    take_place(sdpa, new)
 
 
 def _native(sdpa: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, causal: bool) -> fx.Node:
@@ -146,9 +144,7 @@ def _grouped_spelled(region: AttentionRegion, k: fx.Node, v: fx.Node) -> str:
     flipped = len({op_name(n) for n in (region.k,)} & {"transpose", "permute", "mT"}) == 1
     for node, left, right, flip in ((product, region.q, k, flipped), (region.out, operands(region.out)[0], v, False)):
         new = emit(node, fold_left if not flip else fold_left_transposed, left, right)
-        new.meta = {**node.meta, "val": new.meta["val"]}
-        node.replace_all_uses_with(new)
-        node.graph.erase_node(node)
+        take_place(node, new)
     return ""
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from dyncc.analysis.feedback import Feedback
 from dyncc.analysis.series import NotUnrolled, series
-from dyncc.ir import argument, emit, is_mutating, op_name, shape, val
+from dyncc.ir import argument, emit, is_mutating, op_name, shape, take_place, val
 from dyncc.passes.unrolled_recurrence import LONGEST
 
 
@@ -40,10 +40,4 @@ def fuse_feedback(found: Feedback) -> None:
         return made.to(dtype)
 
     new = emit(joined, solved, found.weights, *own.nodes, *found.gains)
-    _replace(joined, new)
-
-
-def _replace(old: fx.Node, new: fx.Node) -> None:
-    new.meta = {**old.meta, "val": new.meta["val"]}
-    old.replace_all_uses_with(new)
-    old.graph.erase_node(old)
+    take_place(joined, new)

@@ -22,7 +22,7 @@ from dyncc.analysis.mask_values import Abstract, evaluate
 from dyncc.analysis.slopes import read_slopes
 from dyncc.analysis.spelled import NotRead, Spelled, read, softmaxes
 from dyncc.analysis.spelled_softmax import as_softmax, written_softmaxes
-from dyncc.ir import aten, emit, is_mutating, op_name, operands, same_size, shape, val
+from dyncc.ir import aten, emit, is_mutating, op_name, operands, same_size, shape, take_place, val
 from dyncc.passes.attention_frame import Form, frame_of, padded, turned
 from dyncc.passes.join_masks import join_masks
 from dyncc.passes.mask_edges import edge_of
@@ -96,10 +96,8 @@ def _fuse(spelled: Spelled, needs_grad: bool, known: dict[fx.Node, Abstract]) ->
     new = emit(out, attend, spelled.q, k, v, mask, *spelled.scales, *named.values())
     if not all(same_size(a, b) for a, b in zip(shape(new), shape(out), strict=True)):
         raise NotRead("queries, keys and values are not one batch of heads")
-    new.meta = {**out.meta, "val": new.meta["val"]}
     _loosen_views(out)
-    out.replace_all_uses_with(new)
-    out.graph.erase_node(out)
+    take_place(out, new)
 
 
 def _pays_to_count(mask: fx.Node | None, spelled: Spelled, known: dict[fx.Node, Abstract]) -> bool:

@@ -40,7 +40,7 @@ from dyncc.analysis.running_sums import read_sums, sums
 from dyncc.analysis.series import NotUnrolled
 from dyncc.analysis.slots import NotSlots, read_slots, slots
 from dyncc.analysis.unrolled import joins, read_steps
-from dyncc.ir import descendants, emit, hint, hoist, is_mutating, is_symbolic, op_name, shape
+from dyncc.ir import descendants, emit, hint, hoist, is_mutating, is_symbolic, op_name, shape, take_place
 from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION
 from dyncc.passes.feedback_solve import fuse_feedback
 from dyncc.passes.running_sum import fuse_sum
@@ -148,19 +148,12 @@ def _fuse(found: Linear, least: int, few: str) -> str:
     instead: dict[fx.Node, fx.Node] = {}
     for node, behind in found.masses:
         rank = len(shape(node))
-        instead[node] = _replace(node, emit(node, lambda x, behind=behind, rank=rank: _mass_like(x, behind, rank), mass))
+        instead[node] = take_place(node, emit(node, lambda x, behind=behind, rank=rank: _mass_like(x, behind, rank), mass))
     rows = [instead.get(n, n) for _, n in found.rows]
-    _replace(out, emit(out, lambda x, *rows: _by_rows(x, found, rows), mixed, *rows))
+    take_place(out, emit(out, lambda x, *rows: _by_rows(x, found, rows), mixed, *rows))
     if not least or not is_symbolic(found.tokens):
         return ""
     return f"{'faster' if found.q is None else 'fewer operations'} from {least} tokens on; the graph serves any number"
-
-
-def _replace(node: fx.Node, new: fx.Node) -> fx.Node:
-    new.meta = {**node.meta, "val": new.meta["val"]}
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-    return new
 
 
 def _least_tokens(found: Linear) -> int:

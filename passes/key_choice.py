@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dyncc.analysis.attention import AttentionRegion
-from dyncc.ir import argument, emit, shape
+from dyncc.ir import argument, emit, shape, take_place
 from dyncc.kernels.one_row import ATTEND_ROW, SCORE_KEYS, SELECT_BEST
 from dyncc.kernels.select_keys import (
     NUMBERS,
@@ -112,6 +112,4 @@ class KeyChooser:
             return ATTEND_ROW(q, k, v, mask[0] if mask else None, at, page, scale, ragged)
 
         new = emit(out, attend, q, k, v, index, *masks) if region.fused else emit(out, attend_selected_logits, logits(region), v, index)
-        new.meta = {**out.meta, "val": new.meta["val"]}
-        out.replace_all_uses_with(new)
-        out.graph.erase_node(out)
+        take_place(out, new)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from dyncc.analysis.slots import NotSlots, Slots
-from dyncc.ir import emit, hint, is_symbolic, op_name, operands, shape
+from dyncc.ir import emit, hint, is_symbolic, op_name, operands, shape, take_place
 from dyncc.kernels.slot_attention import ATTEND_SLOTS
 
 MANY = 1 << 21
@@ -35,12 +35,6 @@ def fuse_slots(found: Slots) -> str:
 
     values, bias = (*operands(out)[1:], None)[:2]
     new = emit(out, attend, *operands(found.scores), values, bias)
-    _replace(out, new)
+    take_place(out, new)
     varies = any(is_symbolic(n) for n in lead)
     return f"holds fewer scores at once from {-(-MANY // many)} rows on; the graph serves any number" if varies else ""
-
-
-def _replace(old: fx.Node, new: fx.Node) -> None:
-    new.meta = {**old.meta, "val": new.meta["val"]}
-    old.replace_all_uses_with(new)
-    old.graph.erase_node(old)

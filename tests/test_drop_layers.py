@@ -23,10 +23,7 @@ REFERENCE = {"engine": "reference", "evidence": "off"}
 STEPS = Tiny(kind="decoder", returns="all", layers=5, keys=True)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def dropped(model: nn.Module, values: tuple[Any, ...], options: str, **more: Any) -> Any:

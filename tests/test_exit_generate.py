@@ -13,15 +13,9 @@ from transformers import DynamicCache
 import dyncc
 from dyncc.passes.exit_scores import max_prob
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+
 STEPS = 9
-
-
-@pytest.fixture(autouse=True)
-def _apart() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def generated(text: str, cache: Any = None, batch: int = 2, pads: int = 0, **more: Any) -> torch.Tensor:
