@@ -37,12 +37,13 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
 
 
 def _by_its_kernel(node: fx.Node) -> bool:
-    """Whether such an op stays as it is: Inductor takes minutes to compile its truth for all sizes, a few tokens do not fill a chunk, and
-    the truth's memory grows with the square of groups of chunks, which the kernel's does not."""
+    """Whether such an op stays as it is: on a GPU there is a kernel of its own; Inductor takes minutes to compile its truth for all sizes, a
+    few tokens do not fill a chunk, and the truth's memory grows with the square of groups of chunks, which the kernel's does not."""
     if node.target not in COMPILED:
         return False
     tokens = shape(operands(node)[0])[2]
-    return any(is_symbolic(size) for size in shape(operands(node)[0])) or not SHORT < tokens <= LONGEST
+    on_gpu = operands(node)[0].meta["val"].device.type == "cuda"
+    return on_gpu or any(is_symbolic(size) for size in shape(operands(node)[0])) or not SHORT < tokens <= LONGEST
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The op `dyncc::gated_delta_rule`: chunk after chunk, and token after token where there are few."""
+"""The op `dyncc::gated_delta_rule`: chunk after chunk, and token after token where there are few; on a GPU a generated Triton kernel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyncc.kernels.gated_delta_rule.chunks import chunk
 from dyncc.kernels.gated_delta_rule.truth import step
+from dyncc.kernels.gated_linear_attention.gpu import spec_of
 from dyncc.kernels.gated_linear_attention.op import SHORT, fake, in_order
 from dyncc.kernels.gradients import by_truth
 
@@ -26,11 +27,23 @@ def forward(
     return in_order((step if q.shape[2] <= SHORT else chunk)(q, k, v, beta, log_decay, state))
 
 
+def on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """By a generated kernel, where there is one for such tensors."""
+    decay = None if log_decay is None else log_decay.unsqueeze(3)
+    spec = spec_of(q, k, v, decay, state, "delta")
+    if spec is None:
+        return forward(q, k, v, beta, log_decay, state)
+    return in_order(spec.run(q, k, v, beta=beta.unsqueeze(3), log_decay=decay, state=state))
+
+
 def with_gradients(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """The form that autograd goes back through."""
     return in_order(chunk(*given, **named))
 
 
+_library.impl("gated_delta_rule", on_gpu, "CUDA")
 _library.impl("gated_delta_rule", forward, "CompositeExplicitAutograd")
 torch.library.register_fake("dyncc::gated_delta_rule", fake)
 

@@ -1,4 +1,5 @@
-"""The op `dyncc::gated_linear_attention`: on a CPU one chunk after the other, elsewhere and where it is written out all chunks at once."""
+"""The op `dyncc::gated_linear_attention`: on a CPU one chunk after the other, on a GPU a generated Triton kernel, where it is written out all
+chunks at once."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.gated_linear_attention.chunks import chunk, chunk_by_chunk
+from dyncc.kernels.gated_linear_attention.gpu import spec_of
 from dyncc.kernels.gated_linear_attention.truth import step
 from dyncc.kernels.gradients import by_truth
 
@@ -28,6 +30,16 @@ def on_cpu(
     return in_order((step if q.shape[2] <= SHORT else chunk_by_chunk)(q, k, v, log_decay, state, scale))
 
 
+def on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """By a generated kernel, where there is one for such tensors."""
+    spec = spec_of(q, k, v, log_decay, state, "add")
+    if spec is None:
+        return on_cpu(q, k, v, log_decay, state, scale)
+    return in_order(spec.run(q, k, v, log_decay=log_decay, state=state, scale=scale))
+
+
 def in_order(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Results that own their memory and lie in order, as the fake says."""
     out, last = results
@@ -40,6 +52,7 @@ def with_gradients(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
 
 
 _library.impl("gated_linear_attention", on_cpu, "CPU")
+_library.impl("gated_linear_attention", on_gpu, "CUDA")
 _library.impl("gated_linear_attention", on_cpu, "CompositeExplicitAutograd")
 
 
