@@ -31,9 +31,9 @@ def on_gpu(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """By a generated kernel, where there is one for such tensors."""
-    decay = None if log_decay is None else log_decay.unsqueeze(3)
+    decay = None if log_decay is None else log_decay.unsqueeze(-1)
     spec = spec_of(q, k, v, decay, state, "delta")
-    if spec is None:
+    if spec is None or any(x is not None and x.shape != q.shape[:3] for x in (beta, log_decay)):
         return forward(q, k, v, beta, log_decay, state)
     return in_order(spec.run(q, k, v, beta=beta.unsqueeze(3), log_decay=decay, state=state))
 

@@ -1,5 +1,5 @@
-"""The op `dyncc::gated_linear_attention`: on a CPU one chunk after the other, on a GPU a generated Triton kernel, where it is written out all
-chunks at once."""
+"""The op `dyncc::gated_linear_attention`: on a CPU one chunk after the other, on a GPU a generated Triton kernel, where it is written out
+all chunks at once."""
 
 from __future__ import annotations
 
