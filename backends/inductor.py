@@ -37,7 +37,7 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
 
 
 def _by_its_kernel(node: fx.Node) -> bool:
-    """Whether such an op stays as it is: on a GPU it has a generated kernel; Inductor takes minutes to compile its truth for all sizes, a few
+    """Whether such an op stays as it is: on a GPU it has a generated kernel; Inductor takes minutes to compile its truth for all sizes, few
     tokens do not fill a chunk, and the truth's memory grows with the square of groups of chunks, which the kernel's does not."""
     if node.target not in COMPILED:
         return False
