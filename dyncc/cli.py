@@ -183,10 +183,11 @@ def kernels(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     target: Annotated[str, typer.Option(help="compile for this device, such as cuda:90, and tell what each kernel takes there")] = "",
     dump: Annotated[Path | None, typer.Option(help="write the source of each kernel into this folder")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="time tile sizes on this machine's GPU, remember the fastest")] = False,
     passes: Passes = None,
     as_json: Json = False,
 ) -> int:
-    """List the Triton kernels that dyncc generates, or those for a model and who asked for each; no GPU is needed."""
+    """List the Triton kernels that dyncc generates, or those for a model and who asked for each; only --tune needs a GPU."""
     from dyncc.kernels.generator import catalogue
     from dyncc.outputs import writable_folder
 
@@ -195,7 +196,11 @@ def kernels(
     _check_passes(passes)
     folder = writable_folder(dump) if dump else None
     with _quiet_stdout():
-        rows = catalogue.rows(target, folder, None if model is None else _generated(model, passes))
+        asked = None if model is None else _generated(model, passes)
+        rows = catalogue.rows(target, folder, asked)
+        tuned = catalogue.tuned(asked) if tune else []
+    if tune:
+        return _print_json([found.to_dict() for found in tuned]) if as_json else _print("\n".join(map(str, tuned)) or NO_KERNELS)
     return _print_json(rows) if as_json else _print("\n".join(catalogue.line(row) for row in rows) or NO_KERNELS)
 
 

@@ -297,6 +297,12 @@ class BadKernelSpec(DynccUsageError):
     template = "no kernel with {option}={value}: {problem}"
 
 
+class NoGPU(DynccUsageError):
+    """Kernels were to be timed on a machine that has nothing to run them on."""
+
+    template = "no GPU that kernels are compiled for is seen here: run this where the model will run; --target compiles without one"
+
+
 class UnknownTarget(DynccUsageError):
     """A kernel was asked for a device that the generator does not know."""
 

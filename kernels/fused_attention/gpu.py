@@ -10,6 +10,7 @@ from torch import Tensor
 from dyncc.kernels.fused_attention.truth import attend, check, distances, gated, seen
 from dyncc.kernels.generator import Attend
 from dyncc.kernels.generator.spec import DTYPES, WIDEST, dtype_of
+from dyncc.kernels.generator.tune import preferred
 
 TRITON = importlib.util.find_spec("triton") is not None
 EPILOGUES = {"sigmoid": "gate-sigmoid", "silu": "gate-silu"}
@@ -45,7 +46,7 @@ def attend_by_kernel(
     out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
     each = None if sinks is None else sinks.reshape(-1).expand(query.shape[1]).contiguous()
     more = {"gate": gate} if spec.epilogues else {}
-    spec.run(query, key, value, mask=attn_mask, sinks=each, scale=scale, out=out, **more)
+    preferred(spec, query.device).run(query, key, value, mask=attn_mask, sinks=each, scale=scale, out=out, **more)
     return out if spec.epilogues else gated(out, gate, activation)
 
 

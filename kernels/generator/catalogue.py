@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dyncc.kernels.generator import figures
 from dyncc.kernels.generator.source import source
 from dyncc.kernels.generator.spec import KernelSpec
 from dyncc.kernels.generator.standard import STANDARD
 from dyncc.kernels.generator.targets import target
+
+if TYPE_CHECKING:
+    from dyncc.kernels.generator.tune import Tuned
 
 
 def rows(where: str = "", folder: Path | None = None, asked: Iterable[tuple[KernelSpec, str]] | None = None) -> list[dict[str, Any]]:
@@ -27,6 +30,18 @@ def rows(where: str = "", folder: Path | None = None, asked: Iterable[tuple[Kern
     for spec, provenance in ((spec, "") for spec in STANDARD) if asked is None else asked:
         told.setdefault(spec, []).append(provenance)
     return [_row(spec, where, folder, [x for x in by if x]) for spec, by in told.items()]
+
+
+def tuned(asked: Iterable[tuple[KernelSpec, str]] | None = None) -> list[Tuned]:
+    """The fastest form of each kernel, or of those asked for, on this machine's GPU.
+
+    Raises:
+        NoGPU: there is none.
+    """
+    from dyncc.kernels.generator.tune import tune
+
+    specs = STANDARD if asked is None else (spec for spec, _ in asked)
+    return [tune(spec) for spec in dict.fromkeys(spec.alike() for spec in specs)]
 
 
 def _row(spec: KernelSpec, where: str, folder: Path | None, asked: list[str]) -> dict[str, Any]:

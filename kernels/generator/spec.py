@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -36,6 +37,8 @@ class KernelSpec(ABC):
     """The first word of its source: what it is."""
     tiles: ClassVar[tuple[str, ...]] = ()
     """Fields that make a program smaller."""
+    large: ClassVar[Mapping[str, int]] = {}
+    """Sizes at which that is tried, where they are not those of most kinds."""
     ends: ClassVar[bool] = True
     """Whether it stores one tile of results `out`, which epilogues can change."""
     registers: ClassVar[int] = 0
@@ -74,6 +77,19 @@ class KernelSpec(ABC):
         """What Triton is told when it compiles."""
         more = {"maxnreg": self.registers} if nvidia and self.registers else {}
         return {"num_warps": self.team, "num_stages": self.depth, **more}
+
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        """Fields that change how it runs and not what it computes, and what is tried for each on a device."""
+        return {"warps": (4, 8), "stages": (2, 3, 4)}
+
+    def formless(self) -> Self:
+        """The same kernel with the form that it chooses by itself."""
+        chosen: dict[str, Any] = dict.fromkeys((*self.tiles, "warps", "stages"), 0)
+        return replace(self, **chosen)
+
+    def alike(self) -> Self:
+        """One kernel for all that run equally fast in the same form."""
+        return self.formless()
 
     @property
     def itemsize(self) -> int:

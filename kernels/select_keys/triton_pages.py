@@ -1,7 +1,7 @@
 """Page selection by generated Triton kernels: bounds of pages, and attention over chosen pages split among programs (flash decoding).
 
-Set `TRITON_INTERPRET=1` before Triton is imported to run them without a GPU. Meaning: pages.page_scores and truth.attend_selected. They
-were not run on a GPU, and no pass emits them.
+Set `TRITON_INTERPRET=1` before Triton is imported to run them without a GPU. Meaning: pages.page_scores and truth.attend_selected. No pass
+emits them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dyncc.kernels.generator.kinds import AttendChosen, JoinParts, ScorePages
 from dyncc.kernels.generator.spec import dtype_of
+from dyncc.kernels.generator.tune import preferred
 
 
 def score(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def attend(
         epilogues: what the kernel that joins the parts ends with; extras: what those read, broadcastable to the result.
     """
     spec = AttendChosen(q.shape[3], v.shape[3], page, masked=visible is not None, dtype=dtype_of(q))
-    parts = spec.run(q, k, v, index, visible=visible, scale=scale)
+    parts = preferred(spec, q.device).run(q, k, v, index, visible=visible, scale=scale)
     batch, heads, width = q.shape[0], q.shape[1], v.shape[3]
     apart, together = parts[2].shape[1], parts[2].shape[3]
     told = {name: _folded(x, (batch, heads, 1, width), (batch, apart, together, width)) for name, x in extras.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -68,6 +69,16 @@ class Attend(HeadKernel):
     def _loads(self) -> bool:
         """Whether there is a mask of every row and key."""
         return self.mask in ("bool", "added")
+
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        """Where blocks are listed, tiles are what the list means."""
+        if self.mask == "blocks":
+            return super().choices()
+        return {"rows": (64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)}
+
+    def alike(self) -> Self:
+        """How wide a window is and where a cap lies change no form."""
+        return replace(self.formless(), window=min(self.window, 1), cap=min(self.cap, 1.0))
 
     def operands(self) -> tuple[Operand, ...]:
         found = [*(Operand(name, TILE) for name in "qkv"), OUT]

@@ -6,6 +6,7 @@ A program leaves the largest logit, the sum of exponentials and the weighted sum
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ class AttendChosen(HeadKernel):
     entry: ClassVar[str] = "attend_chosen"
     title: ClassVar[str] = "Attention over chosen pages"
     tiles: ClassVar[tuple[str, ...]] = ("keys",)
+    large: ClassVar[Mapping[str, int]] = {"keys": 32768}
     ends: ClassVar[bool] = False
 
     page: int = 16
@@ -48,6 +50,9 @@ class AttendChosen(HeadKernel):
     def block(self) -> int:
         """Keys that a program works on at once."""
         return self.keys or (64 if max(self.lanes) * self.itemsize <= 256 else 32)
+
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        return {"keys": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3)}
 
     def operands(self) -> tuple[Operand, ...]:
         mask = (Operand("visible", ("batch",), "mask"),) if self.masked else ()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dyncc.kernels.generator.frame import DIVIDED, ids, nothing_summed, softmax_step, tensors, tile
 from dyncc.kernels.generator.kinds.head_base import query_tile
+from dyncc.kernels.generator.spec import power
 
 if TYPE_CHECKING:
     from dyncc.kernels.generator.kinds.attend import Attend
@@ -69,22 +70,43 @@ def _start(spec: Attend) -> list[str]:
 
 
 def _loop(spec: Attend) -> list[str]:
-    k, v = ("k_from", "v_from") if spec.mask == "blocks" else ("k_at", "v_at")
-    inner = [
-        f"k_tile = tl.load({k} + hop[None, :] * k_row + channel[:, None], mask=(key < keys)[None, :] & filled[:, None], other=0.0)",
-        f"logits = tl.dot(q_tile, k_tile{spec.precision}) * scale",
-        *_capped(spec),
-        f"seen = {_seen(spec)}",
-        *_masked(spec),
-        'logits = tl.where(seen, logits, -float("inf"))',
-        f"v_tile = tl.load({v} + hop[:, None] * v_row + lane[None, :], mask=(key < keys)[:, None] & (lane < WIDTH)[None, :], other=0.0)",
-        *softmax_step(spec.precision),
-    ]
+    """Tiles of keys that every row sees need no comparisons: those come first, where it is known where they end."""
     if spec.mask == "blocks":
         start = ["start = tl.load(listed_at + turn) * KEYS", *(f"{x}_from = {x}_at + start * {x}_row" for x in "kv")]
-        return ["for turn in range(0, count):", *(f"    {line}" for line in (*start, "key = start.to(tl.int32) + hop", *inner))]
+        return ["for turn in range(0, count):", *_indented([*start, "key = start.to(tl.int32) + hop", *_keys(spec, False)])]
     moved = [f"{x}_at += KEYS * {x}_{'key' if x == 'mask' else 'row'}" for x in ("k", "v", *(["mask"] if spec.mask != "none" else []))]
-    return ["for start in range(first, last, KEYS):", *(f"    {line}" for line in ("key = start + hop", *inner, *moved))]
+    edge = _indented(["key = start + hop", *_keys(spec, False), *moved])
+    if spec.window or spec.cap or spec.mask != "none":  # beside a cap two loops took more registers than a thread has
+        return ["for start in range(first, last, KEYS):", *edge]
+    seen = "tl.minimum(keys, block * ROWS)" if spec.causal else "keys"
+    whole = f"whole = {seen} // KEYS * KEYS  # every row sees all keys in front of it"
+    inner = _indented([*_keys(spec, True), *moved])
+    return [whole, "for _ in range(first, whole, KEYS):", *inner, "for start in range(whole, last, KEYS):", *edge]
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
+def _keys(spec: Attend, seen: bool) -> list[str]:
+    """One tile of keys; `seen`: every row sees all of it."""
+    k, v = ("k_from", "v_from") if spec.mask == "blocks" else ("k_at", "v_at")
+    inside = ["", ""] if seen else ["(key < keys)[None, :]", "(key < keys)[:, None]"]
+    hidden = [] if seen else [f"seen = {_seen(spec)}", *_masked(spec), 'logits = tl.where(seen, logits, -float("inf"))']
+    return [
+        f"k_tile = tl.load({k} + hop[None, :] * k_row + channel[:, None]{_within(inside[0], 'filled[:, None]', spec.width)})",
+        f"logits = tl.dot(q_tile, k_tile{spec.precision}) * scale",
+        *_capped(spec),
+        *hidden,
+        f"v_tile = tl.load({v} + hop[:, None] * v_row + lane[None, :]{_within(inside[1], '(lane < WIDTH)[None, :]', spec.value_width)})",
+        *softmax_step(spec.precision),
+    ]
+
+
+def _within(keys: str, channels: str, width: int) -> str:
+    """The mask of a load: that of keys, and of channels where a tile has more than there are."""
+    told = " & ".join(x for x in (keys, channels if power(width) != width else "") if x)
+    return f", mask={told}, other=0.0" if told else ""
 
 
 def _capped(spec: Attend) -> list[str]:

@@ -4,6 +4,7 @@ keeps the largest two logits, the sum of exponentials, and what the entropy need
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,6 +38,7 @@ class ExitConfidence(KernelSpec):
     entry: ClassVar[str] = "exit_confidence"
     title: ClassVar[str] = "Confidence of a head"
     tiles: ClassVar[tuple[str, ...]] = ("words",)
+    large: ClassVar[Mapping[str, int]] = {"rows": 16, "keys": 131072}
     ends: ClassVar[bool] = False
 
     width: int
@@ -56,6 +58,9 @@ class ExitConfidence(KernelSpec):
     def piece(self) -> int:
         """Channels that are multiplied at once."""
         return min(64, power(self.width))
+
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        return {"words": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4)}
 
     def operands(self) -> tuple[Operand, ...]:
         kept = (Operand(name, (), "index" if name == "word" else "float") for name in KEPT)

@@ -5,6 +5,7 @@ With the delta rule, what the tokens of a chunk write solves a triangular system
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,6 +110,9 @@ class LinearChunk(HeadKernel):
 
     def ending(self) -> list[str]:
         return ending(self.epilogues, "place")
+
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        return {"rows": (16, 32), "columns": (16, 32, 64)}
 
     def operands(self) -> tuple[Operand, ...]:
         return recurrent_operands(self)

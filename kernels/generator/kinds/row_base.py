@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,11 +33,15 @@ def rows_at_once(width: int) -> int:
 class RowKernel(KernelSpec):
     """A kernel whose results are rows of `width` channels."""
 
+    large: ClassVar[Mapping[str, int]] = {"heads": 1, "keys": 8192}
     width: int
 
     def __post_init__(self) -> None:
         check_row(self.width)
         super().__post_init__()
+
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        return {"warps": (2, 4, 8, 16)}
 
     @property
     def team(self) -> int:
