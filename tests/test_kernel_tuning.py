@@ -35,7 +35,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[KernelSpec]:
     monkeypatch.setattr(tune, "fits", lambda spec, where: spec.tile[1] < 128)
     monkeypatch.setattr(tune, "sample", lambda spec, device, **sizes: ((), {}))
     monkeypatch.setattr("triton.testing.do_bench", bench)
-    tune._remembered.cache_clear()
+    tune._formed.cache_clear()
     return timed
 
 
@@ -70,7 +70,7 @@ def test_windows_of_any_width_share_their_form(hopper: list[KernelSpec]) -> None
 def test_what_is_remembered_comes_before_what_is_known(hopper: list[KernelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Attend(128, causal=True)
     monkeypatch.setattr(tune, "known", lambda: {"cuda:90": {spec.name: FAST}})
-    tune._remembered.cache_clear()
+    tune._formed.cache_clear()
     assert tune.preferred(spec, GPU) == replace(spec, **FAST)
     found = tune.tune(spec)
     assert found.form != FAST and tune.preferred(spec, GPU) == replace(spec, **found.form)

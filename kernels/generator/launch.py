@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.epilogues import EPILOGUES
-from dyncc.kernels.generator.frame import PLACE
+from dyncc.kernels.generator.frame import tensors
 from dyncc.kernels.generator.module import kernel
 from dyncc.kernels.generator.spec import KernelSpec
 
@@ -24,20 +26,33 @@ def launch(
         given: its operands by name; numbers: its sizes and scalars; constants: what it is compiled for.
         extras: tensors (broadcastable to the result) and numbers of the epilogues, by name.
     """
+    order = _order(spec)
     pointers: list[Tensor] = []
     strides: list[int] = []
-    for operand in spec.operands():
-        x = given[operand.name]
-        assert x is not None, operand.name
+    for name, count in order.tensors:
+        x = given[name] if name in given else extras[name]
+        assert x is not None, name
         pointers.append(x.view(torch.uint8) if x.dtype == torch.bool else x)
-        strides += x.stride()[: len(operand.strides)]
-    for name in spec.epilogues:
-        for tensor in EPILOGUES[name].tensors:
-            pointers.append(extras[tensor])
-            strides += pointers[-1].stride()[: len(PLACE)]
-    told = [numbers[name] for name in (*spec.sizes(), *spec.numbers())]
-    told += [extras[number] for name in spec.epilogues for number in EPILOGUES[name].numbers]
-    kernel(spec)[tuple(grid)](*pointers, *strides, *told, **constants, **spec.options(torch.version.hip is None))
+        strides += x.stride()[:count]
+    told = [numbers[name] if name in numbers else extras[name] for name in order.numbers]
+    order.kernel[tuple(grid)](*pointers, *strides, *told, **constants, **order.options)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a spec's kernel takes: tensors with how many strides each, numbers, what Triton is told, and the kernel."""
+
+    tensors: list[tuple[str, int]]
+    numbers: list[str]
+    options: dict[str, int]
+    kernel: Any
+
+
+@functools.cache
+def _order(spec: KernelSpec) -> _Order:
+    told = [(x.name, len(x.strides)) for x in tensors(spec.operands(), spec.epilogues)]
+    numbers = [*spec.sizes(), *spec.numbers(), *(n for name in spec.epilogues for n in EPILOGUES[name].numbers)]
+    return _Order(told, numbers, spec.options(torch.version.hip is None), kernel(spec))
 
 
 def broadcast(spec: KernelSpec, extras: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:

@@ -97,18 +97,22 @@ def tune(spec: KernelSpec) -> Tuned:
     file = store.path(_key(spec, where), ".json")
     file.unlink(missing_ok=True)
     store.kept(_key(spec, where), ".json", lambda: json.dumps(kept[best][0]))
-    _remembered.cache_clear()
+    _formed.cache_clear()
     return Tuned(spec.alike().name, kept[best][0], seconds[best], seconds[0], len(kept))
 
 
 def preferred(spec: KernelSpec, device: torch.device) -> KernelSpec:
     """The spec in the form that its device ran fastest, where that was tried; one that was given a form keeps it."""
     where = at_hand() if device.type == "cuda" else None
-    form = None if where is None or spec != spec.formless() else _remembered(spec, where)
-    return (valid(spec, form) if form else None) or spec
+    return spec if where is None else _formed(spec, where)
 
 
 @functools.cache
+def _formed(spec: KernelSpec, where: str) -> KernelSpec:
+    form = _remembered(spec, where) if spec == spec.formless() else None
+    return (valid(spec, form) if form else None) or spec
+
+
 def _remembered(spec: KernelSpec, where: str) -> Form | None:
     text = store.read(store.path(_key(spec, where), ".json"))
     found: Form | None = known().get(where, {}).get(spec.alike().name) if text is None else json.loads(text)
