@@ -20,7 +20,7 @@ from record import progress, write
 from dyncc.bench_result import environment
 from dyncc.evidence import TOLERANCE
 from dyncc.kernels.generator.kinds import Attend, AttendChosen, ExitConfidence, LinearChunk, Rows
-from dyncc.kernels.generator.samples import beside_truth, sample
+from dyncc.kernels.generator.samples import beside_truth, closeness, sample
 from dyncc.kernels.generator.spec import KernelSpec
 from dyncc.kernels.generator.standard import GATED_NORM, STANDARD
 from dyncc.kernels.select_keys import triton_pages
@@ -52,7 +52,7 @@ def differences(device: str, specs: tuple[KernelSpec, ...] = STANDARD) -> list[s
         close = TOLERANCE[getattr(torch, spec.dtype)]
         try:
             for one, other in beside_truth(spec, device, **sizes):
-                torch.testing.assert_close(one, other, rtol=close, atol=close)
+                torch.testing.assert_close(one, other, **closeness(one, close))
         except AssertionError as error:
             found.append(f"{spec.name} at {sizes or 'small sizes'}: {'; '.join(str(error).strip().splitlines()[-2:])}")
     return found

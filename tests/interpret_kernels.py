@@ -27,7 +27,7 @@ from dyncc.kernels.generator.kinds import (
     ScorePages,
     SelectBest,
 )
-from dyncc.kernels.generator.samples import beside_truth
+from dyncc.kernels.generator.samples import beside_truth, closeness
 from dyncc.kernels.generator.spec import KernelSpec
 from dyncc.kernels.generator.standard import GATED_NORM
 
@@ -51,6 +51,8 @@ CASES: dict[str, list[Case]] = {
         (Attend(16, causal=True, **SMALL), {"rows": 33, "stretch": 1e2}),
         (Attend(40, causal=True, **F32), {"rows": 37}),
         (Attend(24, packed=True, **SMALL), {}),
+        (Attend(24, causal=True, epilogues=("gate-sigmoid", "quantise"), **SMALL), {"rows": 37}),
+        (Attend(24, epilogues=("quantise", "page-index"), **SMALL), {"rows": 37}),
         *((Attend(24, mask="blocks", **SMALL), {"rows": rows, "keys": keys}) for rows, keys in ((1, 1), (33, 70), (47, 17))),
         (Attend(16, mask="blocks", causal=True, window=9, cap=3.0, sinks=True, epilogues=("norm", "gate-silu"), **SMALL), {"rows": 70}),
         (Attend(16, mask="blocks", rows=32, keys=16, epilogues=("residual",), **F16), {"rows": 50, "keys": 65}),
@@ -70,6 +72,7 @@ CASES: dict[str, list[Case]] = {
         (JoinParts(20, epilogues=("gate-sigmoid",), **F32), {"rows": 17, "chosen": 1}),
         (JoinParts(16, epilogues=("gate-silu", "residual"), **F16), {"rows": 1}),
         (JoinParts(16, **F32), {"rows": 2, "stretch": 1e3}),
+        (JoinParts(20, epilogues=("norm", "page-index"), **F32), {"rows": 17}),
     ],
     "linear_chunk": [
         *((LinearChunk(24, wide=20, decay=decay, rows=16, started=s, **F32), {}) for decay, s in
@@ -98,17 +101,22 @@ CASES: dict[str, list[Case]] = {
         (Rows(100, epilogues=GATED_NORM, **F16), {"heads": 1}),
         (Rows(1030, epilogues=("residual", "norm"), **F32), {"rows": 5, "stretch": 1e4}),
         (Rows(8, epilogues=("gate-sigmoid", "residual"), **F32), {"rows": 1}),
+        (Rows(100, epilogues=("norm", "quantise", "page-index"), **F32), {"rows": 17}),
+        (Rows(20, epilogues=("quantise",), **F16), {"stretch": 1e3}),
     ],
-    "gather_rows": [(GatherRows(100, **F32), {}), (GatherRows(20, epilogues=("norm",), **F16), {"rows": 1, "keys": 1})],
+    "gather_rows": [(GatherRows(100, **F32), {}), (GatherRows(20, epilogues=("norm",), **F16), {"rows": 1, "keys": 1}),
+                    (GatherRows(20, epilogues=("page-index",), **F16), {})],
     "scatter_rows": [
         (ScatterRows(100, **F32), {}),
         (ScatterRows(20, epilogues=("gate-sigmoid", "residual"), **F16), {"rows": 3}),
         (ScatterRows(1030, epilogues=("residual",), **F32), {"rows": 37}),
+        (ScatterRows(20, epilogues=("quantise",), **F32), {"rows": 3}),
     ],
     "merge_rows": [
         (MergeRows(100, **F32), {}),
         (MergeRows(20, epilogues=("residual",), **F16), {"rows": 5}),
         (MergeRows(20, **F32), {"rows": 1}),
+        (MergeRows(20, epilogues=("quantise", "page-index"), **F32), {"rows": 5}),
     ],
     "score_pages": [(ScorePages(24, **F32), {}), (ScorePages(64, **F16), {"keys": 70}), (ScorePages(20, **F32), {"keys": 1})],
     "select_best": [
@@ -134,7 +142,8 @@ def compare(spec: KernelSpec, sizes: dict[str, Any]) -> None:
     least = close * (stretch if 1 < stretch < 1e6 else 1.0)
     for one, other in beside_truth(spec, **sizes):
         assert not one.isnan().any() and one.dtype == other.dtype, spec
-        torch.testing.assert_close(one, other, rtol=close, atol=least, msg=lambda m: f"{spec.name} {sizes}: {m}")
+        near = closeness(one, close) | ({"atol": least} if one.is_floating_point() else {})
+        torch.testing.assert_close(one, other, **near, msg=lambda m: f"{spec.name} {sizes}: {m}")
 
 
 def poison() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from draw_kernels import FIELDS
 from interpret_kernels import CASES
 
@@ -91,6 +92,10 @@ def test_every_epilogue_is_shown_in_three_kernels() -> None:
         ({"kind": LinearStep, "width": 64, "rule": "plus"}, "no kernel with rule=plus: choose one of add, delta"),
         ({"kind": Rows, "width": 64}, "rows that nothing changes are a copy; name an epilogue"),
         ({"kind": Rows, "width": 1 << 15, "epilogues": ("norm",)}, "a row has 1 to 16,384 channels"),
+        ({"kind": Rows, "width": 64, "epilogues": ("quantise", "norm")}, "the type of what is stored changes behind all that computes"),
+        ({"kind": Rows, "width": 64, "epilogues": ("page-index", "quantise")}, "its place behind that"),
+        ({"kind": ScatterRows, "width": 64, "epilogues": ("page-index",)}, "scatter_rows has places of its own for its rows"),
+        ({"width": 64, "packed": True, "epilogues": ("page-index",)}, "packed sequences go to no pages"),
         ({"kind": GatherRows, "width": 0}, "no kernel with width=0: a row has"),
         ({"kind": ScatterRows, "width": 64, "dtype": "float64"}, "no kernel with dtype=float64"),
         ({"kind": SelectBest, "keys": 100}, "no kernel with keys=100"),
@@ -190,6 +195,8 @@ def test_a_new_epilogue_is_one_file_and_every_kind_that_ends_can_end_with_it(mon
         plain, more = source(spec).splitlines(), source(replace(spec, epilogues=("double",))).splitlines()
         added = [line.strip() for line in more[2:] if line not in plain and "Generated" not in line]
         assert added == ["result = result * 2.0"], spec
+    with pytest.raises(ValueError, match=r"writes rows into pages: give the cache as out=\[1, H, slots, 64\]"):
+        Rows(64, epilogues=("page-index",)).run(torch.zeros(1, 1, 3, 64), pages=torch.zeros(1, 1, dtype=torch.int64), page=4)
     with pytest.raises(BadKernelSpec, match="score_pages stores no tile that they could change"):
         ScorePages(64, epilogues=("double",))
 

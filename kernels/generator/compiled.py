@@ -21,7 +21,7 @@ from dyncc.kernels.generator.source import arguments, source
 from dyncc.kernels.generator.spec import KernelSpec
 from dyncc.kernels.generator.targets import Target, occupancy, target
 
-POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int8": "*i8"}
 TYPES = {"float": "*fp32", "index": "*i64", "mask": "*u8", "size": "i32", "number": "fp32", "constant": "constexpr"}
 
 
@@ -91,9 +91,10 @@ def machine_code(spec: KernelSpec, where: str) -> Any:
     from dyncc.kernels.generator.module import kernel
 
     t, told = target(where), arguments(spec)
-    types = {**TYPES, "given": POINTERS[spec.dtype]}
+    types = {**TYPES, "given": POINTERS[spec.dtype], "stored": POINTERS[spec.stored]}
     signature = {name: types[kind] for name, kind in told}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(told) if kind in ("given", "mask", "float") or _a_row(name)}
+    whole = [i for i, (name, kind) in enumerate(told) if kind in ("given", "stored", "mask", "float") or _a_row(name)]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
     made = ASTSource(kernel(spec), signature, spec.constants(), aligned)
     return triton.compile(made, target=GPUTarget(t.backend, t.arch, t.warp), options=spec.options(t.backend == "cuda"))
 

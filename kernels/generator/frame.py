@@ -16,7 +16,7 @@ PLACE = ("batch", "head", "row", "lane")
 class Operand:
     """A tensor argument: `strides` by the names of their dimensions; none where it is contiguous.
 
-    `holds` is "given" (the spec's dtype), "float", "index" (int64) or "mask" (one byte).
+    `holds` is "given" (the spec's dtype), "stored" (that of its results), "float", "index" (int64) or "mask" (one byte).
     """
 
     name: str
@@ -24,12 +24,14 @@ class Operand:
     holds: str = "given"
 
 
-OUT = Operand("out", TILE)
+OUT = Operand("out", TILE, "stored")
 
 
 def tensors(operands: tuple[Operand, ...], epilogues: tuple[str, ...]) -> list[Operand]:
     """A kind's own tensors and behind them those of the epilogues."""
-    return [*operands, *(Operand(name, PLACE) for e in epilogues for name in EPILOGUES[e].tensors)]
+    ends = [EPILOGUES[name] for name in epilogues]
+    read = [Operand(name, PLACE) for e in ends for name in e.tensors]
+    return [*operands, *read, *(Operand(name, ("batch",), "index") for e in ends for name in e.indices)]
 
 
 def ids(rows: int, width: int) -> list[str]:
@@ -66,7 +68,8 @@ def ending(epilogues: tuple[str, ...], place: str = "") -> list[str]:
     for epilogue in (EPILOGUES[name] for name in epilogues):
         lines += [line for name in epilogue.tensors for line in load(name, place)]
         lines += epilogue.lines
-    first, rows = ("", place) if place else (" + here * out_row", "step")
+    moved = "slot" if any(EPILOGUES[name].moves for name in epilogues) else place
+    first, rows = ("", moved) if moved else (" + here * out_row", "step")
     return [
         *lines,
         f"out_at = out + batch * out_batch + head * out_head{first}",

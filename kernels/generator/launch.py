@@ -33,7 +33,7 @@ def launch(
         x = given[name] if name in given else extras[name]
         assert x is not None, name
         pointers.append(x.view(torch.uint8) if x.dtype == torch.bool else x)
-        strides += x.stride()[:count]
+        strides += [0, *x.stride()[1:count]] if name == "out" and spec.moves else x.stride()[:count]
     told = [numbers[name] if name in numbers else extras[name] for name in order.numbers]
     order.kernel[tuple(grid)](*pointers, *strides, *told, **constants, **order.options)
 
@@ -51,7 +51,8 @@ class _Order:
 @functools.cache
 def _order(spec: KernelSpec) -> _Order:
     told = [(x.name, len(x.strides)) for x in tensors(spec.operands(), spec.epilogues)]
-    numbers = [*spec.sizes(), *spec.numbers(), *(n for name in spec.epilogues for n in EPILOGUES[name].numbers)]
+    ends = [EPILOGUES[name] for name in spec.epilogues]
+    numbers = [*spec.sizes(), *(n for e in ends for n in e.sizes), *spec.numbers(), *(n for e in ends for n in e.numbers)]
     return _Order(told, numbers, spec.options(torch.version.hip is None), kernel(spec))
 
 
@@ -67,6 +68,30 @@ def ended(spec: KernelSpec, result: Tensor, extras: Mapping[str, Any]) -> Tensor
         epilogue = EPILOGUES[name]
         result = epilogue.truth(result, *(extras[x] for x in (*epilogue.tensors, *epilogue.numbers)))
     return result
+
+
+def results(spec: KernelSpec, like: Tensor, shape: Sequence[int], out: Tensor | None) -> Tensor:
+    """What a kernel stores into: `out`, or new memory of `shape` where it is None.
+
+    Raises:
+        ValueError: rows go to pages and no cache is given.
+    """
+    if out is None and spec.moves:
+        raise ValueError(f"{spec.name} writes rows into pages: give the cache as out=[1, H, slots, {shape[3]}]")
+    return like.new_empty(shape, dtype=getattr(torch, spec.stored)) if out is None else out
+
+
+def stored(spec: KernelSpec, result: Tensor, extras: Mapping[str, Any], out: Tensor | None = None) -> Tensor:
+    """What a kernel leaves in `out` for a result [B, H, T, D] in fp32: the truth of its epilogues, its type and its places."""
+    made = ended(spec, result, extras).to(getattr(torch, spec.stored))
+    if not spec.moves:
+        return made
+    at, page = torch.arange(made.shape[2], device=made.device), extras["page"]
+    slots = extras["pages"][:, at // page] * page + at % page
+    assert out is not None
+    kept = out.clone()
+    kept[0, :, slots.flatten()] = made.transpose(0, 1).flatten(1, 2)
+    return kept
 
 
 def side_by_side(x: Tensor) -> Tensor:

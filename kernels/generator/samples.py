@@ -13,6 +13,8 @@ from dyncc.kernels.generator.epilogues import EPILOGUES
 from dyncc.kernels.generator.spec import KernelSpec
 
 Sample = tuple[tuple[Tensor, ...], dict[str, Any]]
+PAGE = 8
+"""Rows of a page."""
 SIZES = {"batch": 2, "heads": 4, "groups": 2, "rows": 21, "keys": 37, "chosen": 5, "stretch": 1.0}
 
 
@@ -31,6 +33,11 @@ def beside_truth(spec: KernelSpec, device: str = "cpu", **sizes: Any) -> list[tu
     return tensor_pairs(spec.run(*given, **told), want)
 
 
+def closeness(x: Tensor, close: float) -> dict[str, float]:
+    """What `torch.testing.assert_close` may allow: `close`, one step where numbers were rounded to steps, and nothing for places."""
+    return {"rtol": close, "atol": close} if x.is_floating_point() else {"rtol": 0.0, "atol": 1.0 if x.dtype == torch.int8 else 0.0}
+
+
 def tensor_pairs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
     """Two results, of a tensor or a tuple of them each, tensor by tensor."""
     return list(zip(*(x if isinstance(x, tuple) else (x,) for x in (one, other)), strict=True))
@@ -40,7 +47,13 @@ def _extras(spec: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
     dtype = getattr(torch, spec.dtype)
     made: dict[str, Any] = {"gate": lambda: torch.randn(*shape[:3], 1).to(dtype), "residual": lambda: torch.randn(shape).to(dtype)}
     made |= {"weight": lambda: torch.randn(shape[3]).to(dtype), "eps": lambda: 1e-5}
-    names = [x for e in spec.epilogues for x in (*EPILOGUES[e].tensors, *EPILOGUES[e].numbers)]
+    made |= {"steps": lambda: torch.rand(1, shape[1], 1, shape[3]).to(dtype) * 0.02 + 0.02, "page": lambda: PAGE}
+    if spec.moves:
+        each = -(-shape[2] // PAGE)
+        made |= {"pages": lambda: torch.randperm(shape[0] * each + 3)[: shape[0] * each].view(shape[0], each)}
+        made |= {"out": lambda: torch.zeros(1, shape[1], (shape[0] * each + 3) * PAGE, shape[3], dtype=getattr(torch, spec.stored))}
+    names = [x for e in spec.epilogues for x in (*EPILOGUES[e].tensors, *EPILOGUES[e].numbers, *EPILOGUES[e].indices, *EPILOGUES[e].sizes)]
+    names += ["out"] if spec.moves else []
     return {name: made.get(name, lambda: torch.randn(shape).to(dtype))() for name in names}
 
 
@@ -131,7 +144,7 @@ def _gather_rows(spec: Any, n: Mapping[str, Any]) -> Any:
 
 def _scatter_rows(spec: Any, n: Mapping[str, Any]) -> Any:
     x, out = (_rows(spec, n["batch"], n["heads"], rows, spec.width) for rows in (n["rows"], n["keys"]))
-    return (x, _places(n["batch"], n["rows"], n["keys"])), {"out": out}, tuple(out.shape)
+    return (x, _places(n["batch"], n["rows"], n["keys"])), {"out": out.to(getattr(torch, spec.stored))}, tuple(out.shape)
 
 
 def _merge_rows(spec: Any, n: Mapping[str, Any]) -> Any:

@@ -31,7 +31,7 @@ def arguments(spec: KernelSpec) -> list[tuple[str, str]]:
     told = tensors(spec.operands(), spec.epilogues)
     found = [(x.name, x.holds) for x in told]
     found += [(f"{x.name}_{part}", "size") for x in told for part in x.strides]
-    found += [(name, "size") for name in spec.sizes()]
+    found += [(name, "size") for name in (*spec.sizes(), *(n for e in spec.epilogues for n in EPILOGUES[e].sizes))]
     found += [(name, "number") for name in (*spec.numbers(), *(n for e in spec.epilogues for n in EPILOGUES[e].numbers))]
     return [*found, *((name, "constant") for name in spec.constants())]
 

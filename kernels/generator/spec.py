@@ -41,6 +41,8 @@ class KernelSpec(ABC):
     """Sizes at which that is tried, where they are not those of most kinds."""
     ends: ClassVar[bool] = True
     """Whether it stores one tile of results `out`, which epilogues can change."""
+    in_order: ClassVar[bool] = True
+    """Whether row `at` of a sequence goes to row `at` of `out`, so that an epilogue can say where else it goes."""
     registers: ClassVar[int] = 0
     """How many of them NVIDIA's assembler may give a thread, where it would rather spill a few than run fewer programs (0: its choice)."""
 
@@ -57,11 +59,30 @@ class KernelSpec(ABC):
                 raise BadKernelSpec(option="epilogues", value=name, problem=f"choose of {', '.join(EPILOGUES)}{near(name, EPILOGUES)}")
         read = [x for name in self.epilogues for x in EPILOGUES[name].tensors]
         check(len(set(read)) == len(read), "epilogues", ",".join(self.epilogues), "each may stand once, and one of those that read a gate")
+        self._check_last()
         for name in self.tiles:
             size = getattr(self, name)
             check(size == 0 or (size >= 16 and size & (size - 1) == 0), name, size, "a tile is a power of two of 16 at least")
         check(self.warps in (0, 1, 2, 4, 8, 16), "warps", self.warps, "a program has 1, 2, 4, 8 or 16 warps, or 0 to choose")
         check(0 <= self.stages <= 8, "stages", self.stages, "1 to 8 stages are loaded ahead, or 0 to choose")
+
+    def _check_last(self) -> None:
+        """What stores another type, or elsewhere, ends what is computed."""
+        told = [EPILOGUES[name] for name in self.epilogues]
+        rank = [2 if e.moves else 1 if e.stores else 0 for e in told]
+        last = "the type of what is stored changes behind all that computes, and its place behind that"
+        check(rank == sorted(rank) and len(set(rank) - {0}) == len([r for r in rank if r]), "epilogues", ",".join(self.epilogues), last)
+        check(self.in_order or 2 not in rank, "epilogues", ",".join(self.epilogues), f"{self.entry} has places of its own for its rows")
+
+    @property
+    def stored(self) -> str:
+        """The type of its results."""
+        return next((EPILOGUES[name].stores for name in self.epilogues if EPILOGUES[name].stores), self.dtype)
+
+    @property
+    def moves(self) -> bool:
+        """Whether an epilogue says where in `out` its rows go."""
+        return any(EPILOGUES[name].moves for name in self.epilogues)
 
     @property
     def team(self) -> int:

@@ -14,7 +14,7 @@ from dyncc.kernels.generator.frame import OUT, TILE, Operand
 from dyncc.kernels.generator.kinds.attend_blocks import listed_mask
 from dyncc.kernels.generator.kinds.attend_lines import lines
 from dyncc.kernels.generator.kinds.head_base import HeadKernel, check_widths
-from dyncc.kernels.generator.launch import blocks, broadcast, ended, launch, side_by_side
+from dyncc.kernels.generator.launch import blocks, broadcast, launch, results, side_by_side, stored
 from dyncc.kernels.generator.spec import check
 
 MASKS = ("none", "bool", "added", "blocks")
@@ -51,6 +51,7 @@ class Attend(HeadKernel):
         check(not self.packed or self.mask == "none", "packed", self.packed, "packed sequences have no mask; give mask=none")
         check(0 <= self.cap < float("inf"), "cap", self.cap, "a soft cap is a positive number, or 0 for none")
         super().__post_init__()
+        check(not (self.packed and self.moves), "packed", self.packed, "packed sequences go to no pages; give packed=False")
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -142,7 +143,7 @@ def _run(
 ) -> Tensor:  # fmt: skip
     batch, heads, rows, width = q.shape
     shape = (batch, heads, rows, spec.value_width)
-    out = q.new_empty(shape) if out is None else out
+    out = results(spec, q, shape, out)
     given = {"q": side_by_side(q), "k": side_by_side(k), "v": side_by_side(v), "out": out, "sinks": sinks, "starts": starts}
     given["mask"] = None if mask is None else mask.expand(batch, heads, rows, k.shape[2])
     given |= {"listed": None if listed is None else side_by_side(listed).expand(batch, heads, -1, -1)}
@@ -169,4 +170,4 @@ def _truth(
     edges = [0, q.shape[2]] if starts is None else starts.tolist()
     parts = [slice(*edge) for edge in itertools.pairwise(edges)] if spec.packed else [slice(None)]
     whole = [attend(q[:, :, x].float(), k[:, :, x].float(), v[:, :, x].float(), mask, 0.0, spec.causal, **more) for x in parts]
-    return ended(spec, torch.cat(whole, 2), extras).to(q.dtype)
+    return stored(spec, torch.cat(whole, 2), extras, out)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import DIVIDED, OUT, Operand, ids, nothing_summed, tile
-from dyncc.kernels.generator.launch import blocks, broadcast, ended, launch
+from dyncc.kernels.generator.launch import blocks, broadcast, launch, results, stored
 from dyncc.kernels.generator.spec import KernelSpec, check_width, power
 
 
@@ -71,7 +71,7 @@ class JoinParts(KernelSpec):
         batch, heads, parts, rows = most.shape
         shape = (batch, heads, rows, self.width)
         out = more.pop("out", None)
-        out = sums.new_empty(shape, dtype=getattr(torch, self.dtype)) if out is None else out
+        out = results(self, sums, shape, out)
         tensors = {"most": most, "mass": mass, "sums": sums, "out": out}
         numbers = {"rows": rows, "parts": parts}
         launch(self, (blocks(rows, 16), batch * heads), tensors, numbers, {"HEADS": heads}, broadcast(self, more, shape))
@@ -83,4 +83,4 @@ class JoinParts(KernelSpec):
         share = torch.exp(most - torch.where(top == float("-inf"), 0.0, top))
         total = (mass * share).sum(2)
         joined = (sums * share.unsqueeze(4)).sum(2) / torch.where(total == 0.0, 1.0, total).unsqueeze(3)
-        return ended(self, joined, more).to(getattr(torch, self.dtype))
+        return stored(self, joined, more, more.get("out"))

@@ -43,6 +43,7 @@ class LinearChunk(HeadKernel):
     title: ClassVar[str] = "Linear attention in chunks"
     tiles: ClassVar[tuple[str, ...]] = ("rows", "columns")
     registers: ClassVar[int] = 255
+    in_order: ClassVar[bool] = False
 
     decay: str = "channel"
     started: bool = False

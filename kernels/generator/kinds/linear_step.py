@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dyncc.kernels.generator.frame import OUT, TILE, Operand
 from dyncc.kernels.generator.kinds.head_base import HeadKernel
-from dyncc.kernels.generator.launch import broadcast, ended, launch, side_by_side
+from dyncc.kernels.generator.launch import broadcast, launch, results, side_by_side, stored
 from dyncc.kernels.generator.spec import check
 
 DECAYS = ("none", "head", "channel")
@@ -32,6 +32,7 @@ class LinearStep(HeadKernel):
 
     entry: ClassVar[str] = "linear_step"
     title: ClassVar[str] = "Linear attention token by token"
+    in_order: ClassVar[bool] = False
 
     decay: str = "channel"
     rule: str = "add"
@@ -150,7 +151,7 @@ def run_recurrent(spec: Any, grid: tuple[int, ...], given: tuple[Tensor, ...], m
     if decay is not None:
         decay = side_by_side(decay.float().expand(batch, heads, rows, 1 if spec.decay == "head" else width))
     out, scale = told.pop("out", None), told.pop("scale", 1.0)
-    out = v.new_empty(shape) if out is None else out
+    out = results(spec, v, shape, out)
     last = q.new_empty((batch, heads, width, spec.value_width), dtype=torch.float32)
     tensors = {"q": q, "k": k, "v": v, "decay": decay, "beta": None if beta is None else beta.float(), "last": last, "out": out}
     tensors["state"] = None if state is None else state.float().contiguous()
@@ -172,7 +173,7 @@ def recurrent_truth(spec: Any, given: tuple[Tensor, ...], more: dict[str, Any]) 
         value = v[:, :, t, None] if beta is None else beta[:, :, t, None].float() * (v[:, :, t, None] - k[:, :, t, None] @ held)
         held = held + k[:, :, t, :, None] * value
         outs.append(scale * q[:, :, t, None] @ held)
-    return ended(spec, torch.cat(outs, 2), told).to(given[2].dtype), held
+    return stored(spec, torch.cat(outs, 2), told), held
 
 
 DEFAULTS: dict[str, Any] = {"log_decay": None, "beta": None, "state": None, "scale": 1.0, "out": None}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyncc.kernels.generator.frame import DIVIDED, OUT, TILE, Operand
 from dyncc.kernels.generator.kinds.row_base import RowKernel, as_wide
-from dyncc.kernels.generator.launch import ended, side_by_side
+from dyncc.kernels.generator.launch import side_by_side, stored
 from dyncc.kernels.generator.spec import power
 
 
@@ -72,4 +72,4 @@ class MergeRows(RowKernel):
         weight = size.float()[:, None, :, None]
         summed = x.new_zeros((*x.shape[:2], rows, x.shape[3]), dtype=torch.float32).scatter_add(2, place, x.float() * weight)
         mass = torch.zeros_like(summed).scatter_add(2, place, weight.expand_as(x))
-        return ended(self, summed / torch.where(mass == 0.0, 1.0, mass), more).to(x.dtype)
+        return stored(self, summed / torch.where(mass == 0.0, 1.0, mass), more, more.get("out"))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dyncc.kernels.generator.frame import OUT, TILE, Operand, ids, tile
-from dyncc.kernels.generator.launch import blocks, broadcast, launch
+from dyncc.kernels.generator.launch import blocks, broadcast, launch, results
 from dyncc.kernels.generator.spec import KernelSpec, check, power
 
 WIDEST_ROW = 16384
@@ -66,9 +66,11 @@ class RowKernel(KernelSpec):
         """`out`, or `rows` new rows, from operands by name, `x` [B, H, N, width] among them; extras: what the epilogues read."""
         x = tensors["x"]
         batch, heads, _, width = x.shape
-        out = x.new_empty((batch, heads, rows, width)) if out is None else out
+        shape = (batch, heads, rows, width)
+        out = results(self, x, shape, out)
         grid = (blocks(rows, rows_at_once(width)), batch * heads)
-        launch(self, grid, {**tensors, "out": out}, {"rows": rows}, {"HEADS": heads}, broadcast(self, extras, out.shape))
+        told = broadcast(self, extras, shape if self.in_order else out.shape)
+        launch(self, grid, {**tensors, "out": out}, {"rows": rows}, {"HEADS": heads}, told)
         return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dyncc.kernels.generator.frame import OUT, TILE, Operand, read
 from dyncc.kernels.generator.kinds.row_base import RowKernel
-from dyncc.kernels.generator.launch import ended, side_by_side
+from dyncc.kernels.generator.launch import side_by_side, stored
 from dyncc.kernels.generator.spec import check
 
 
@@ -40,4 +40,4 @@ class Rows(RowKernel):
         return self.over_rows({"x": x}, x.shape[2], **more)
 
     def truth(self, *given: Tensor, **more: Any) -> Tensor:
-        return ended(self, given[0].float(), more).to(given[0].dtype)
+        return stored(self, given[0].float(), more, more.get("out"))

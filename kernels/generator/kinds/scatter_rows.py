@@ -18,6 +18,7 @@ class ScatterRows(IndexedRows):
 
     entry: ClassVar[str] = "scatter_rows"
     title: ClassVar[str] = "Rows put at chosen places"
+    in_order: ClassVar[bool] = False
 
     def ending(self) -> list[str]:
         return ending(self.epilogues, "place")
