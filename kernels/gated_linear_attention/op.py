@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dyncc.kernels.gated_linear_attention.chunks import chunk, chunk_by_chunk
 from dyncc.kernels.gated_linear_attention.gpu import spec_of
+from dyncc.kernels.gated_linear_attention.segments import by_segments
 from dyncc.kernels.gated_linear_attention.truth import step
+from dyncc.kernels.generator.kinds import LinearChunk
 from dyncc.kernels.gradients import by_truth
 
 SHORT = 4
@@ -33,10 +35,12 @@ def on_cpu(
 def on_gpu(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """By a generated kernel, where there is one for such tensors."""
+    """By a generated kernel, where there is one for such tensors: a long sequence in segments beside each other."""
     spec = spec_of(q, k, v, log_decay, state, "add")
     if spec is None:
         return on_cpu(q, k, v, log_decay, state, scale)
+    if isinstance(spec, LinearChunk):
+        return in_order(by_segments(spec, q, k, v, log_decay, state, scale))
     return in_order(spec.run(q, k, v, log_decay=log_decay, state=state, scale=scale))
 
 
