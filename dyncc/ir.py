@@ -195,7 +195,7 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
     """
     graph = before.graph
     nodes = [a for a in args if isinstance(a, fx.Node)]
-    device = _device_for(nodes, graph)
+    device = device_beside(nodes, graph)
 
     def on_values(*values: Any) -> Any:
         stream = iter(values)
@@ -223,8 +223,11 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
     return result
 
 
-def _device_for(nodes: list[fx.Node], graph: fx.Graph) -> torch.device | None:
-    """Where tensors that are made beside these nodes belong; None for the CPU. Scalars on the CPU go along with tensors on any device."""
+def device_beside(nodes: Sequence[fx.Node], graph: fx.Graph) -> torch.device | None:
+    """Where tensors that are made beside these nodes belong, or beside the graph's inputs where these are sizes and scalars.
+
+    None for the CPU; scalars on the CPU go along with tensors on any device.
+    """
     beside = [n for n in nodes if shape(n)] or graph.find_nodes(op="placeholder")
     devices = (val(n).device for n in beside if is_tensor(n))
     return next((device for device in devices if device.type != "cpu"), None)
