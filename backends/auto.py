@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +20,7 @@ from dyncc.errors import DynccError, NotTaken
 from dyncc.evidence import sample
 from dyncc.ir import Program
 from dyncc.rewrite import graph_text
+from dyncc.timing import seconds_of
 
 CANDIDATES = ("inductor", "onnxruntime", "openvino")
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino")
@@ -92,9 +93,7 @@ def _times(program: Program, taken: dict[str, Any], values: list[Any]) -> dict[s
         names = list(taken)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             with torch.no_grad(), restored(program, values):
-                start = time.perf_counter()
-                taken[name](*values)
-                spent[name].append(time.perf_counter() - start)
+                spent[name].append(seconds_of(partial(taken[name], *values)))
         if max(sum(times) for times in spent.values()) > SECONDS:
             break
     return {name: statistics.median(times) for name, times in spent.items()}

@@ -43,7 +43,8 @@ def parity(run: Run, rewritten: Run, dense: Run, points: Sequence[Sequence[torch
     for tensors in points:
         sizes = " x ".join(str(list(t.shape)) for t in tensors[:2])
         columns = zip(names, run(tensors), rewritten(tensors), dense(tensors), strict=True)
-        for name, got, wanted, plain in columns:
+        for name, made, wanted, plain in columns:
+            got = made.to(wanted.device)
             far = relative_error(plain, got) if plain.shape == got.shape else None
             rows.append(Parity(sizes, name, relative_error(wanted, got), far, TOLERANCE.get(wanted.dtype, 0.0)))
     return rows

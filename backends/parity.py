@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dyncc.evidence import beyond_tolerance
+from dyncc.evidence import beyond_tolerance, own_random_numbers
 from dyncc.ir import Program, hint, is_mutating
 
 
@@ -23,7 +23,7 @@ def parity(program: Program, run: Callable[..., Any], values: Sequence[Any]) -> 
 
 
 def _call(program: Program, run: Callable[..., Any], values: Sequence[Any]) -> list[Any]:
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), restored(program, values) as written:
+    with own_random_numbers(values), torch.no_grad(), restored(program, values) as written:
         outputs = [o.clone() if isinstance(o, torch.Tensor) else o for o in run(*values)]
         return outputs + [value.clone() for value in written]
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dyncc.timing import Ratio, Timings
+from dyncc.verdicts import gpu_model
 
 OWN = ("capture", "analysis", "passes", "evidence")
 """Stages whose seconds are dyncc's own; the others are the engine's code generation, dense or rewritten."""
@@ -126,6 +127,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        **({"gpu": gpu_model()} if gpu_model() else {}),
         "system": platform.system(),
         "python": platform.python_version(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dyncc import verdicts
 from dyncc.driver import Outcome
 from dyncc.pipeline import render
 from dyncc.rewrite import graph_text
+from dyncc.timing import seconds_of
 
 PAIRS = 9
 SLOWER = 0.97
@@ -59,13 +61,6 @@ def paired_ratio(dense: Any, now: Any, values: list[Any]) -> float:
         dense(*values), now(*values)
         ratios = []
         for _ in range(PAIRS):
-            a = _seconds(dense, values)
-            b = _seconds(now, values)
+            a, b = seconds_of(partial(dense, *values)), seconds_of(partial(now, *values))
             ratios.append(a / b)
     return statistics.median(ratios)
-
-
-def _seconds(function: Any, values: list[Any]) -> float:
-    start = time.perf_counter()
-    function(*values)
-    return time.perf_counter() - start

@@ -44,7 +44,7 @@ def calibrate_pairs(
         BadCalibration: a text is too short, or the model's attention or rotary embedding is not understood.
         OutputNotWritable: the file cannot be written.
     """
-    total, count, channels, graphs = torch.zeros(0), 0, [(0, 0)], dict[Any, Any]()
+    total, count, channels, graphs = torch.zeros(()), 0, [(0, 0)], dict[Any, Any]()
     for ids in texts:
         if ids.dim() != 2 or ids.shape[1] <= top:
             raise BadCalibration(problem=f"token ids of {list(ids.shape)} are given; each text must be [batch, more than top={top} tokens]")
@@ -56,7 +56,7 @@ def calibrate_pairs(
         total, count = found + (total if count else 0.0), count + 1
     if not count:
         raise BadCalibration(problem="no text is given")
-    pairs = (total / count).argsort(dim=2, descending=True, stable=True)
+    pairs = (total / count).cpu().argsort(dim=2, descending=True, stable=True)
     order = PairOrder(pairs, torch.tensor(channels), frozenset(digest(p) for p in model.parameters()))
     try:
         order.save(Path(path), {"top": top, "rows": rows, "texts": count})
@@ -68,15 +68,15 @@ def calibrate_pairs(
 def agreements(q: Tensor, k: Tensor, channels: list[tuple[int, int]], top: int, rows: int) -> Tensor:
     """CA of each pair, [H, D / 2], of queries and keys [B, H, T, D] of one causal attention."""
     length: int = q.shape[2]
-    at = torch.linspace(max(top, length // 2), length - 1, rows).long().unique()
-    later = torch.arange(length) > at[:, None]
+    at = torch.linspace(max(top, length // 2), length - 1, rows).long().unique().to(q.device)
+    later = torch.arange(length, device=q.device) > at[:, None]
     row = q[:, :, at].float()
 
     def best(own: list[int]) -> Tensor:
         logits = row[..., own] @ k[..., own].float().transpose(2, 3)
         return logits.masked_fill(later, -torch.inf).topk(top, dim=3).indices
 
-    whole = torch.zeros(*row.shape[:3], length, dtype=torch.bool).scatter_(3, best(list(range(q.shape[3]))), True)
+    whole = torch.zeros(*row.shape[:3], length, dtype=torch.bool, device=q.device).scatter_(3, best(list(range(q.shape[3]))), True)
     return torch.stack([whole.gather(3, best(list(pair))).float().mean((0, 2, 3)) for pair in channels], dim=1)
 
 

@@ -29,6 +29,7 @@ MODEL_HELP = "module:factory, a .pt2 file, or a folder that transformers can loa
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Passes = Annotated[str | None, typer.Option(help="pipeline text, such as 'evit{keep=0.7}'; default: the exact passes", metavar="TEXT")]
 Engine = Annotated[str, typer.Option(help="inductor, onnxruntime, openvino, reference or auto (measures once)")]
+Device = Annotated[str | None, typer.Option(help="move the model and its inputs to this device first, such as cuda", metavar="NAME")]
 PEERS_HELP = "what to compare with, of eager, inductor, onnxruntime, openvino and transformers-onnx"
 DATA_HELP = "module:function (returns calls of one size), a .safetensors file, or text for a model folder"
 Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
@@ -63,6 +64,7 @@ def explain(
     passes: Passes = None,
     evidence: Annotated[str, typer.Option(help="off, numeric or timed")] = "timed",
     engine: Engine = "inductor",
+    device: Device = None,
     strict: Annotated[bool, typer.Option("--strict", help="a refusal is a failure (exit code 1)")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="write the graph before and after every stage here")] = None,
     as_json: Json = False,
@@ -81,7 +83,7 @@ def explain(
         import dyncc
         from dyncc.loading import load
 
-        loaded = load(model)
+        loaded = load(model, device)
         with torch.no_grad():
             dump = str(folder) if folder else None
             optimized = dyncc.optimize(
@@ -99,6 +101,7 @@ def bench(
     pairs: Annotated[int, typer.Option(min=2, help="interleaved timings per variant")] = 20,
     against: Annotated[str, typer.Option(help=PEERS_HELP, metavar="NAMES")] = "eager,inductor",
     engine: Engine = "inductor",
+    device: Device = None,
     door: Annotated[int, typer.Option(min=1, max=2, help="1 compiles in place (torch.compile), 2 offline (dyncc.optimize)")] = 1,
     as_json: Json = False,
 ) -> int:
@@ -114,7 +117,7 @@ def bench(
         from dyncc.loading import load
 
         settings: dict[str, Any] = {"passes": passes, "pairs": pairs, "against": peers, "engine": engine, "door": door}
-        result = measure(*load(model), **settings, title=model, progress=tell)
+        result = measure(*load(model, device), **settings, title=model, progress=tell)
     _print_json(result.to_dict()) if as_json else _print(str(result))
     return FAILED if result.fallbacks or result.timings.failures else DONE
 
@@ -127,6 +130,7 @@ def convert(
     verify: Annotated[bool, typer.Option(help="run the file before it takes its place")] = True,
     dynamic: Annotated[bool, typer.Option(help="let the batch, and the length of token ids and masks, vary where the model allows")] = True,
     engine: Engine = "inductor",
+    device: Device = None,
     evidence: Annotated[str, typer.Option(help="off, numeric or timed")] = "numeric",
     strict: Annotated[bool, typer.Option("--strict", help="a refusal is a failure (exit code 1)")] = False,
     as_json: Json = False,
@@ -143,7 +147,7 @@ def convert(
 
         check_output(output)
         settings: dict[str, Any] = {"passes": passes, "engine": engine, "evidence": evidence, "strict": strict}
-        written = convert_model(*load(model), output, verify=verify, dynamic=dynamic, tell=_note, **settings)
+        written = convert_model(*load(model, device), output, verify=verify, dynamic=dynamic, tell=_note, **settings)
     from dyncc.tables import written_text
 
     return _print_json(written) if as_json else _print(written_text(written))

@@ -20,7 +20,7 @@ from dyncc.backends.permuted_keys import spelled_safely
 from dyncc.capture import CaptureError
 from dyncc.dynamic import Call, one_is_a_size, varying_sizes, widened
 from dyncc.errors import FileMismatch, InputMismatch, UnknownOutputKind
-from dyncc.evidence import beyond_tolerance, run_isolated
+from dyncc.evidence import beyond_tolerance, own_random_numbers, run_isolated
 from dyncc.exported import shaped
 from dyncc.outputs import check_place, replaced_file, replaced_folder, writable_folder
 from dyncc.runtime import Optimized, optimize
@@ -165,7 +165,7 @@ def _compare(optimized: Optimized, written: Any, args: tuple[Any, ...], kwargs: 
     wanted = pytree.tree_leaves(optimized._shaped(results))
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with own_random_numbers(pytree.tree_leaves((args, kwargs))), torch.no_grad():
             given = pytree.tree_leaves(written(*args, **kwargs))
     except Exception as error:
         return float("inf"), f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -106,7 +106,7 @@ def continue_text(model: nn.Module, past: Sequence[Tensor], input_ids: Tensor, p
     """
     length = input_ids.shape[1]
     positions = torch.arange(position, position + length, device=input_ids.device)[None]
-    with _causal_masks(model, [key.shape[-2] for key in past[::2]], length):
+    with _causal_masks(model, [key.shape[-2] for key in past[::2]], length, input_ids.device):
         return model(input_ids=input_ids, position_ids=positions, past_key_values=grow_from(past)).logits
 
 
@@ -160,15 +160,15 @@ def compare_continuations(
 
 
 @contextmanager
-def _causal_masks(model: nn.Module, held: Sequence[int], length: int) -> Iterator[None]:
+def _causal_masks(model: nn.Module, held: Sequence[int], length: int, device: torch.device) -> Iterator[None]:
     """Give each attention layer the mask that fits its own number of held keys."""
     layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")]
     if len(layers) != len(held):
         raise ValueError(f"the cache holds {len(held)} layers, but the model has {len(layers)} attention modules")
-    new = torch.ones(length, length, dtype=torch.bool).tril()
+    new = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     hooks = []
     for module in layers:
-        old = torch.ones(length, held[module.layer_idx], dtype=torch.bool)
+        old = torch.ones(length, held[module.layer_idx], dtype=torch.bool, device=device)
         hooks.append(module.register_forward_pre_hook(_replace_mask(torch.cat([old, new], dim=1)[None, None]), with_kwargs=True))
     try:
         yield

@@ -79,7 +79,7 @@ def _decode(model: Any, tokens: torch.Tensor, size: Size, progress: Progress | N
     held = size.prompt
     with torch.no_grad():
         _, *past = Prefill(model, keys=True)(tokens[:held][None])
-    mask = torch.ones(1, held + 1, dtype=torch.long)
+    mask = torch.ones(1, held + 1, dtype=torch.long, device=tokens.device)
     result = _bench(Decode(model), (tokens[held : held + 1][None], mask, *past), "SmolLM2 reads the next token", size, progress)
     return Finding("SmolLM2 reads the next token", f"{held} cached keys, exact passes, torch.compile", result)
 

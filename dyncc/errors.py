@@ -121,6 +121,12 @@ class UnknownEvidence(DynccUsageError):
     template = "unknown evidence {name!r}{near}; choose one of {known}"
 
 
+class UnknownDevice(DynccUsageError):
+    """A device that PyTorch does not have here, or on which nothing is computed."""
+
+    template = "no device {name!r} here ({problem}); choose one of {known}"
+
+
 class ModelNotFound(DynccUsageError):
     """MODEL names nothing that exists."""
 

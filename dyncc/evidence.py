@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dyncc.timing import finish
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """Largest max|a-b| / max|a| of an output or of a rewritten value after an exact pass, by dtype: rounding of another summation order,
 accumulated over layers where whole runs are compared."""
@@ -35,12 +37,20 @@ def cloned(values: Sequence[Any]) -> list[Any]:
 def run_isolated(function: Callable[..., Any], values: Sequence[Any], mutates: bool) -> tuple[list[Any], float]:
     """Outputs (and inputs after the call, when the graph mutates) of one call that leaves inputs and RNG state alone; and its seconds."""
     held = cloned(values) if mutates else list(values)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with own_random_numbers(held), torch.no_grad():
+        finish()
         start = time.perf_counter()
         result = function(*held)
+        finish()
         seconds = time.perf_counter() - start
     outputs = [r.clone() if isinstance(r, torch.Tensor) else r for r in result]
     return outputs + ([h for h in held if isinstance(h, torch.Tensor)] if mutates else []), seconds
+
+
+def own_random_numbers(values: Sequence[Any]) -> Any:
+    """A context that leaves the random numbers of the CPU, and of the GPUs that hold some of the values, as they were."""
+    on_gpus = {v.device.index for v in values if isinstance(v, torch.Tensor) and v.device.type == "cuda"}
+    return torch.random.fork_rng(devices=sorted(on_gpus))
 
 
 def relative_error(a: Any, b: Any) -> float:

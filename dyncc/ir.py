@@ -191,13 +191,16 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
     """Trace `function` on the fake values of `args` and insert its ops before a node; returns the node(s) of its result.
 
     `args` may be nodes or plain values; plain values reach the function as they are. Without `pre_dispatch`, composite ops are written out.
+    Tensors that the function makes live on the device of those that it gets, where it names none.
     """
     graph = before.graph
     nodes = [a for a in args if isinstance(a, fx.Node)]
+    device = device_beside(nodes, graph)
 
     def on_values(*values: Any) -> Any:
         stream = iter(values)
-        return function(*[next(stream) if isinstance(a, fx.Node) else a for a in args])
+        with nullcontext() if device is None else device:  # the CPU is where PyTorch makes tensors anyway
+            return function(*[next(stream) if isinstance(a, fx.Node) else a for a in args])
 
     with on_fakes(fake_mode_of(graph)):
         values = _apart([n.meta["val"] for n in nodes])
@@ -218,6 +221,16 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
             else:
                 env[n] = env[n.args[0]]
     return result
+
+
+def device_beside(nodes: Sequence[fx.Node], graph: fx.Graph) -> torch.device | None:
+    """Where tensors that are made beside these nodes belong, or beside the graph's inputs where these are sizes and scalars.
+
+    None for the CPU; scalars on the CPU go along with tensors on any device.
+    """
+    beside = [n for n in nodes if shape(n)] or graph.find_nodes(op="placeholder")
+    devices = (val(n).device for n in beside if is_tensor(n))
+    return next((device for device in devices if device.type != "cpu"), None)
 
 
 def _apart(values: list[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dyncc.errors import FactoryRaised, FactoryReturned, ModelNotFound, NotAPt2, near
+from dyncc.errors import FactoryRaised, FactoryReturned, ModelNotFound, NotAPt2, UnknownDevice, near
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,42 @@ class Loaded(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def load(name: str) -> Loaded:
-    """The model that a MODEL text names, in eval mode unless it is a program of torch.export."""
+def load(name: str, device: str | None = None) -> Loaded:
+    """The model that a MODEL text names, in eval mode unless it is a program of torch.export; with its inputs on `device`, if one is given.
+
+    Raises:
+        UnknownDevice: there is no such device.
+    """
+    place = None if device is None else check_device(device)
+    loaded = _loaded(name, place)
+    return loaded if place is None else moved(loaded, place)
+
+
+def check_device(text: str) -> torch.device:
+    """The device of that name; UnknownDevice where nothing can be computed on it."""
+    import torch
+
+    known = ", ".join(["cpu"] + ([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []))
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except Exception as error:  # each kind of device has its own
+        raise UnknownDevice(name=text, problem=(str(error).strip() or type(error).__name__).splitlines()[0], known=known) from error
+    if device.type == "meta":
+        raise UnknownDevice(name=text, problem="its tensors hold no numbers", known=known)
+    return device
+
+
+def moved(loaded: Loaded, device: torch.device) -> Loaded:
+    """The model and its inputs on a device."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), (loaded.args, loaded.kwargs))
+    return Loaded(loaded.model.to(device), args, kwargs)
+
+
+def _loaded(name: str, place: torch.device | None) -> Loaded:
     factory = _FACTORY.fullmatch(name)
     path = Path(name).expanduser()
     if factory and not path.exists():
@@ -48,7 +82,7 @@ def load(name: str) -> Loaded:
         return Loaded(*load_folder(path))
     if path.suffix != ".pt2":
         raise ModelNotFound(name=name, problem="a file must be a .pt2 program saved by torch.export.save")
-    return _from_pt2(path)
+    return _from_pt2(path, place)
 
 
 def _from_factory(module_name: str, function_name: str) -> Loaded:
@@ -176,9 +210,13 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         raise NotAPt2(path=path, problem=_told(error)) from error
 
 
-def _from_pt2(path: Path) -> Loaded:
+def _from_pt2(path: Path, place: torch.device | None) -> Loaded:
     program = load_program(path)
     if program.example_inputs is None:
         raise NotAPt2(path=path, problem="it holds no example inputs; export it with the inputs that stand for real use")
+    if place is not None:
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, place)  # tensors that its graph makes are moved too
     args, kwargs = program.example_inputs
     return Loaded(program.module(), tuple(args), dict(kwargs or {}))

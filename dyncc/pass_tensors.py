@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor, fx
 
 from dyncc.errors import BadParameterFile
-from dyncc.ir import Input, Program, fake_mode_of, is_tensor, val
+from dyncc.ir import Input, Program, device_beside, fake_mode_of
 
 
 def brought_by(passes: Iterable[Any], program: Program) -> dict[str, Tensor]:
     """What passes bring, by name, on the device of the program's inputs."""
     tensors = {name: tensor for passed in passes for name, tensor in passed.tensors().items()}
-    device = next((val(n).device for n in program.graph.nodes if n.op == "placeholder" and is_tensor(n)), None)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    device = device_beside((), program.graph)
+    return {name: tensor if device is None else tensor.to(device) for name, tensor in tensors.items()}
 
 
 def with_tensors(program: Program, tensors: Mapping[str, Tensor], at: int) -> Program:

@@ -245,10 +245,11 @@ def fingerprint(graph: fx.Graph) -> str:
 
 
 def graph_text(graph: fx.Graph) -> str:
-    """The graph as readable text, a node a line with its dtype and shape."""
+    """The graph as readable text, a node a line with its dtype, its shape, and its device where that is not the CPU."""
     lines = []
     for n in graph.nodes:
         sizes = f"  # {str(val(n).dtype).removeprefix('torch.')}{list(shape(n))}" if is_tensor(n) else ""
+        sizes += f" {val(n).device}" if is_tensor(n) and val(n).device.type != "cpu" else ""
         arguments = ", ".join([str(a) for a in n.args] + [f"{k}={v}" for k, v in n.kwargs.items()])
         name = op_name(n) if n.op == "call_function" else n.op
         lines.append(f"{n.name} = {name}({'' if n.op == 'placeholder' else arguments}){sizes}")

@@ -52,7 +52,7 @@ def exit_threshold(
     """
     _check(behind, full, score, risk, confidence)
     scores = torch.stack([OF_LOGITS[score](x) for x in behind])
-    differs = torch.stack([x.argmax(-1) != full.argmax(-1) for x in behind] + [torch.zeros(len(full), dtype=torch.bool)])
+    differs = torch.stack([x.argmax(-1) != full.argmax(-1) for x in behind] + [torch.zeros_like(full[:, 0], dtype=torch.bool)])
     best = Chosen(NEVER, risk, confidence, 0.0, len(full))
     for threshold in torch.linspace(1.0, 0.0, GRID + 1).tolist():
         errors = int(differs.gather(0, leaves(scores, threshold)[None]).sum())

@@ -69,7 +69,7 @@ def read_stamped(path: Path, form: str, what: str) -> Stamped:
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].cpu().contiguous()
         found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
@@ -77,6 +77,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 def digest(tensor: Tensor, values: int = 64) -> str:
     """A parameter's name for itself: its sizes, type, and some of its values, spread over it."""
     flat = tensor.detach().reshape(-1)
-    places = torch.linspace(0, max(flat.numel() - 1, 0), min(values, flat.numel()), dtype=torch.float64, device=flat.device).long()
-    some: Sequence[float] = flat[places].double().tolist()
+    places = torch.linspace(0, max(flat.numel() - 1, 0), min(values, flat.numel()), dtype=torch.float64).long()  # the same on every device
+    some: Sequence[float] = flat[places.to(flat.device)].double().tolist()
     return hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}{some}".encode()).hexdigest()[:16]

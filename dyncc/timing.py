@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from dyncc.errors import DynccUsageError
 
@@ -91,6 +92,21 @@ def paired(variants: Mapping[str, Callable[[], Any]], pairs: int = 20, warmup: i
     return timings
 
 
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Seconds of a call, until an accelerator has done what the call gave it to do; what it still did before does not count."""
+    finish()
+    start = time.perf_counter()
+    call()
+    finish()
+    return time.perf_counter() - start
+
+
+def finish() -> None:
+    """Wait for the accelerator, if there is one: calls return when their work is queued there."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 ROUNDS = 7
 ENOUGH = 0.2
 """Seconds a call after which no round is added to two: what is slow is measured well in few rounds."""
@@ -102,9 +118,7 @@ def least_seconds(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     began = time.perf_counter()
     for i in range(ROUNDS):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(call))
         if i >= 1 and time.perf_counter() - began > ENOUGH * len(calls):
             break
     return {name: min(found) for name, found in times.items()}
@@ -131,9 +145,7 @@ def _timed(call: Callable[[], Any]) -> float:
     prepare = getattr(call, "prepare", None)
     if prepare is not None:
         prepare()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return seconds_of(call)
 
 
 def _rotated(names: list[str], number: int) -> list[str]:

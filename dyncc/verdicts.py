@@ -1,4 +1,4 @@
-"""Verdicts on disk: what evidence found once for a graph, its passes, versions and CPU need not be measured again.
+"""Verdicts on disk: what evidence found once for a graph, its passes, versions, CPU and GPU need not be measured again.
 
 The cache never fails its caller: a damaged entry counts as absent, a folder that cannot be written is reported once.
 """
@@ -48,6 +48,14 @@ def cpu_model() -> str:
 
 
 @functools.cache
+def gpu_model() -> str:
+    """The GPU's name, or ""."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+@functools.cache
 def version(package: str) -> str:
     """The installed version of a package, or "none"."""
     try:
@@ -79,7 +87,7 @@ def sources(passes: Iterable[object]) -> tuple[str, ...]:
 def key(graph: str, pass_sources: Iterable[str], options: str) -> str:
     """The name of a verdict: everything that could change it, hashed."""
     versions = [version("torch"), version("dyncc"), _own_code()]
-    parts = [_FORMAT, graph, list(pass_sources), options, versions, cpu_model()]
+    parts = [_FORMAT, graph, list(pass_sources), options, versions, cpu_model(), gpu_model()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -41,7 +41,7 @@ def causal_pairs(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
 def head_decays(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """One decay a head: exp of a difference of one running sum."""
     fell = log_decay[..., 0].cumsum(-1)
-    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     kept = (fell.unsqueeze(-1) - fell.unsqueeze(-2)).masked_fill(hidden, float("-inf")).exp()
     return (q @ k.mT * kept) @ v
 
@@ -59,7 +59,7 @@ def earlier_pairs(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
 
 def power_pairs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """RetNet's: one decay a head for all tokens, to the power of the distance."""
-    at = torch.arange(v.shape[2])
+    at = torch.arange(v.shape[2], device=v.device)
     kept = log_decay[0, :, :1, :1].exp() ** (at.unsqueeze(1) - at).clamp(min=0)
     return (q @ k.mT * kept.tril()) @ v
 
@@ -72,7 +72,7 @@ def normalised_pairs(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
 
 def ema_pairs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """A moving average as a matrix of powers: no product of queries and keys makes its weights."""
-    at = torch.arange(v.shape[2])
+    at = torch.arange(v.shape[2], device=v.device)
     apart = (at.unsqueeze(1) - at).clamp(min=0)
     return (0.9**apart).tril() @ v
 
@@ -94,7 +94,7 @@ class WrittenBank(ValueBankAttention):
     def forward(self, x: Tensor, bank: Tensor) -> Tensor:
         q, k, v = (p.unflatten(2, (self.heads, -1)) for p in self.qkv(x).chunk(3, -1))
         q, k, v = (p.transpose(1, 2) for p in (q, k, v + self.recalled(x, bank)))
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         weights = torch.softmax((q @ k.mT * q.shape[3] ** -0.5).masked_fill(later, float("-inf")), -1)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 

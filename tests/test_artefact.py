@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import LONGEST, Tiny, dynamic, inputs
 
 import dyncc
@@ -152,6 +154,17 @@ def test_tensors_come_back_with_strides_and_ties(tmp_path: Path) -> None:
     assert back["a"] is back["b"]
     back["row"].fill_(7.0)
     assert back["a"][1].tolist() == back["t"][:, 1].tolist() == [7.0] * 6
+
+
+def test_tensors_of_a_device_that_is_not_here(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    weights.save_tensors({"x": torch.ones(2)}, file)
+    with safe_open(file, framework="pt") as opened:
+        table = opened.metadata()["tensors"].replace('"cpu"', '"cuda:99"')
+        stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  the handle is no mapping
+    save_file(stored, file, metadata={"tensors": table})
+    with pytest.raises(errors.ArtefactUnreadable, match="do not fit here .*; load it on a machine with the same device"):
+        artefact._tensors(file)
 
 
 def spoil_cut(file: Path) -> None:

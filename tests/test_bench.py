@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dyncc import timing
+from dyncc import breakeven, evidence, timing
 from dyncc.bench import Variant, bench
 from dyncc.bench_result import BenchResult, rewrite_rows
 from dyncc.errors import DynccUsageError
@@ -103,6 +103,42 @@ def test_paired_measures_first_calls_and_rounds(monkeypatch: pytest.MonkeyPatch)
     assert timings.first == {"compiled": 9.0, "plain": 4.0}
     assert timings.seconds == {"compiled": [2.0, 2.0, 2.0], "plain": [4.0, 4.0, 4.0]}
     assert timings.ratio("plain", "compiled").median == 2.0 and timings.median("plain") == 4.0
+
+
+class Queue:
+    """An accelerator in place of `torch.accelerator`: a call takes no time, what it queued is done when somebody waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock, self.queued, self.waits = Clock(monkeypatch), 0.0, 0
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "synchronize", self.wait)
+
+    def wait(self) -> None:
+        self.clock.now += self.queued
+        self.queued, self.waits = 0.0, self.waits + 1
+
+    def takes(self, seconds: float) -> Any:
+        def call(*_: Any) -> tuple[()]:
+            self.queued += seconds
+            return ()
+
+        return call
+
+
+def test_what_an_accelerator_still_computes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(monkeypatch)
+    call = queue.takes(2.0)
+    call.prepare = queue.takes(100.0)
+    assert paired({"a": call, "b": queue.takes(3.0)}, pairs=2).seconds == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
+    assert timing.least_seconds({"a": queue.takes(2.0), "b": queue.takes(5.0)}) == {"a": 2.0, "b": 5.0}
+    assert breakeven.paired_ratio(queue.takes(6.0), queue.takes(2.0), []) == 3.0
+    assert evidence.run_isolated(queue.takes(7.0), [], False) == ([], 7.0)
+
+
+def test_where_there_is_no_accelerator_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(monkeypatch)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert timing.seconds_of(queue.takes(2.0)) == 0.0 and queue.waits == 0
 
 
 def test_prepare_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,8 @@ BAD = {
     "engine": (["explain", MODEL, "--engine", "inductr"], "unknown engine 'inductr'; did you mean 'inductor'?; choose one of auto"),
     "peer": (["bench", MODEL, "--against", "eagr"], "unknown engine 'eagr'; did you mean 'eager'?; choose one of eager, inductor, onnx"),
     "evidence": (["explain", MODEL, "--evidence", "full"], "unknown evidence 'full'; choose one of off, numeric, timed"),
+    "no such device": (["bench", MODEL, "--device", "cpu:x"], "no device 'cpu:x' here (Invalid device string: 'cpu:x'); choose one of cpu"),
+    "a device of no numbers": (["explain", MODEL, "--device", "meta"], "no device 'meta' here (its tensors hold no numbers)"),
     "command": (["explian"], "No such command 'explian'"),
     "argument": (["explain"], "Missing argument"),
     "flag": (["cache", "--wipe"], "No such option"),
@@ -133,7 +135,7 @@ def test_passes_lists_passes_and_recipes(run: Any) -> None:
 
 def test_explain_prints_a_report(run: Any) -> None:
     words = ("explain", MODEL, "--engine", "reference", "--evidence", "numeric")
-    code, out, err = run(*words, "--json", "--dump-dir", "dump")
+    code, out, err = run(*words, "--device", "cpu", "--json", "--dump-dir", "dump")
     report = json.loads(out)
     assert code == 0
     assert "loading" in err

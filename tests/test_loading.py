@@ -111,6 +111,30 @@ def test_a_pt2_program_brings_its_inputs(tmp_path: Path) -> None:
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
+def test_a_model_and_its_inputs_are_moved(here: Path) -> None:
+    loaded = loading.load("factory_of_tests:keywords", "cpu")
+    model, args, kwargs = loading.moved(loaded, torch.device("meta"))
+    tensors = [*model.parameters(), *args, *kwargs.values()]
+    assert kwargs and {x.device.type for x in tensors if isinstance(x, torch.Tensor)} == {"meta"}
+
+
+class Numbered(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.arange(x.shape[1])
+
+
+def test_what_a_pt2_program_makes_is_moved_too(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Numbered(), (torch.ones(1, 3),)), tmp_path / "numbered.pt2")
+    model, args, _ = loading._from_pt2(tmp_path / "numbered.pt2", torch.device("meta"))
+    assert args[0].device.type == "meta" and model(*args).device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["meta", "cpu:x", "cuda:99", "nowhere"])
+def test_a_device_that_is_not_here(name: str) -> None:
+    with pytest.raises(errors.UnknownDevice, match=f"no device '{name}' here .*choose one of cpu"):
+        loading.load("factory_of_tests:good", name)
+
+
 def test_a_pt2_without_inputs(tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Linear(3, 2), (torch.ones(1, 3),))
     program._example_inputs = None

@@ -18,6 +18,7 @@ from dyncc.backends import native, native_attention, native_linears
 from dyncc.capture import from_model
 from dyncc.ir import Program, op_name
 from dyncc.kernels.native import problem
+from dyncc.kernels.one_row import ATTEND_ROW
 from dyncc.kernels.row_linears import ROW_LINEARS, cpu, row_linears
 
 needs_compiler = pytest.mark.skipif(bool(problem()), reason="needs a C++ compiler")
@@ -114,6 +115,23 @@ def test_a_step_runs_as_kernels_and_gives_the_same(masked: bool) -> None:
     with torch.no_grad():
         module.o.weight.mul_(2.0)
     torch.testing.assert_close(made(*args), module(*args), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_always")
+def test_what_is_not_on_a_cpu_is_left_alone() -> None:
+    program = captured(Step().to("meta"), *(x.to("meta") for x in inputs()))
+    lowered, notes = native.with_native_kernels(program)
+    assert ops(lowered) == ops(program) and "linear" in ops(lowered) and notes == []
+    chosen = captured(OwnOp(), *(x.to("meta") for x in inputs()[1:]))
+    lowered, notes = native.with_native_kernels(chosen)
+    assert "attend_row" in ops(chosen) and "attend_row" not in ops(lowered) and notes == []
+
+
+class OwnOp(nn.Module):
+    """Attention of one row as dyncc's own op, on keys [B, G, T, D]."""
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return ATTEND_ROW(keys[:, :, :1], keys, values, None, None, 1, None)
 
 
 @pytest.mark.usefixtures("_always")

@@ -37,7 +37,7 @@ class Recursive(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         tiny, model = self.model.tiny, self.model
-        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         x, turn = model.tokens(ids), None
         if tiny.positions == "rope":
             turn = model.angles(positions, x.dtype)

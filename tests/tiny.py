@@ -113,7 +113,7 @@ class TinyModel(nn.Module):
         """`past` holds keys and values of each layer in turn: ids then follow behind them."""
         tiny = self.tiny
         done = past[0].shape[2] if past else 0
-        positions = torch.arange(done, done + ids.shape[1]).unsqueeze(0)
+        positions = torch.arange(done, done + ids.shape[1], device=ids.device).unsqueeze(0)
         if tiny.kind == "decoder" and attention_mask is not None:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         x, turn = self.tokens(ids), None
@@ -126,15 +126,15 @@ class TinyModel(nn.Module):
             x, k, v = block(x, turn, mask, past[2 * i : 2 * i + 2] if past else None)
             cache += [k, v]
         if tiny.returns == "picked":
-            x = x[torch.arange(x.shape[0]), ids.argmax(1)]
+            x = x[torch.arange(x.shape[0], device=x.device), ids.argmax(1)]
         x = x[:, 0] if tiny.returns == "first" else x[:, -1] if tiny.returns == "last" else x
         logits = self.head(self.norm(x))
         return (logits, *cache) if tiny.keys else logits
 
     def mask(self, ids: Any, attention_mask: Any, done: int) -> Any:
         """True where a row sees a key; None when SDPA's own flag says it all, or when everything is seen."""
-        rows = torch.arange(done, done + ids.shape[1])
-        columns = torch.arange(done + ids.shape[1])
+        rows = torch.arange(done, done + ids.shape[1], device=ids.device)
+        columns = torch.arange(done + ids.shape[1], device=ids.device)
         real = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         if self.tiny.kind == "encoder":
             return real
@@ -145,7 +145,7 @@ class TinyModel(nn.Module):
         return seen if real is None else (seen & real) | own
 
     def angles(self, positions: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-        speed = 10.0 ** -torch.arange(self.tiny.width // 2)
+        speed = 10.0 ** -torch.arange(self.tiny.width // 2, device=positions.device)
         angle = positions[:, None, :, None].float() * speed.repeat(2)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

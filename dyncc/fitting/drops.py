@@ -18,7 +18,7 @@ class DropsFitter:
     def __init__(self, subject: Subject, by: str) -> None:
         self.subject, self.by = subject, by
         self.watch = (*subject.states, subject.output)
-        self.sums = torch.zeros(subject.layers, dtype=torch.float64)
+        self.sums = torch.zeros(subject.layers, dtype=torch.float64, device=subject.device)
         self.count = torch.zeros((), dtype=torch.float64)
 
     def add(self, known: dict[fx.Node, Any], values: Mapping[fx.Node, Tensor], real: Tensor | None) -> None:

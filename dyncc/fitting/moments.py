@@ -64,7 +64,7 @@ def reduced_rank(moments: Moments, weight: Tensor, rank: int) -> tuple[Tensor, T
     _, vectors = torch.linalg.eigh(weight.T @ xx @ weight)
     chosen = vectors[:, -rank:].flip(1)
     top = chosen.abs().argmax(0)
-    chosen = chosen * chosen[top, torch.arange(rank)].sign()  # eigenvectors have no sign of their own
+    chosen = chosen * chosen[top, torch.arange(rank, device=top.device)].sign()  # eigenvectors have no sign of their own
     return weight @ chosen, chosen.T
 
 
@@ -75,10 +75,10 @@ def logistic(x: Tensor, target: Tensor, strength: float = 1e-3, steps: int = 50)
     """
     x, target = x.double(), target.double()
     mean, spread = x.mean(0), x.std(0, unbiased=False).clamp(min=1e-12)
-    design = torch.cat([(x - mean) / spread, torch.ones(len(x), 1, dtype=torch.float64)], 1)
-    penalty = torch.full((design.shape[1],), strength * len(x), dtype=torch.float64)
+    design = torch.cat([(x - mean) / spread, x.new_ones(len(x), 1)], 1)
+    penalty = x.new_full((design.shape[1],), strength * len(x))
     penalty[-1] = 1e-6 * len(x)
-    found = torch.zeros(design.shape[1], dtype=torch.float64)
+    found = x.new_zeros(design.shape[1])
     for _ in range(steps):
         probability = torch.sigmoid(design @ found)
         slope = design.T @ (target - probability) - penalty * found

@@ -47,7 +47,8 @@ class State:
         self.done, self.rows, self.wanted = found.told["done"], found.told["rows"], found.told["seen"]
         for number, fitter in enumerate(self.fitters):
             mark = f"{number}."
-            fitter.restore({name.removeprefix(mark): t for name, t in found.tensors.items() if name.startswith(mark)})
+            device = fitter.subject.device
+            fitter.restore({name.removeprefix(mark): t.to(device) for name, t in found.tensors.items() if name.startswith(mark)})
 
     def check_data(self) -> None:
         """BadCalibration where the batches that were skipped are not those that the state was made from."""

@@ -42,6 +42,12 @@ class Subject:
         return len(self.stack.layers)
 
     @property
+    def device(self) -> torch.device:
+        """Where the residual stream is computed, and so the sums over it."""
+        found: torch.device = val(self.states[0]).device
+        return found
+
+    @property
     def width(self) -> int:
         return int(shape(self.states[0])[-1])
 
@@ -68,7 +74,7 @@ class Subject:
             return state.mean(1)
         if isinstance(self.at, int):
             return state[:, self.at]
-        return state[torch.arange(len(state)), self.run(known, [self.at])[self.at]]
+        return state[torch.arange(len(state), device=state.device), self.run(known, [self.at])[self.at]]
 
     def rows(self, value: Tensor, real: Tensor | None) -> Tensor:
         """[B, T, C] or [B, C] as rows [N, C], without those that are padding."""

@@ -77,7 +77,7 @@ class UnitsFitter:
             tensors |= {
                 f"unit.{layer}.down.weight": down, f"unit.{layer}.up.weight": up, f"unit.{layer}.bias": bias,
                 f"unit.{layer}.router.weight": weight.T.float().contiguous(), f"unit.{layer}.router.bias": level.float(),
-                f"unit.{layer}.router.quantiles": torch.quantile(scores.flatten(), torch.linspace(0, 1, LEVELS)),
+                f"unit.{layer}.router.quantiles": torch.quantile(scores.flatten(), torch.linspace(0, 1, LEVELS, device=scores.device)),
             }  # fmt: skip
             explained = self.moments[str(layer)].explained(down.T.double() @ up.T.double())
             figures[f"unit {layer}"] = {"explained": explained, "router explains": router.explained(weight)}
