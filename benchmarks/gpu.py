@@ -25,6 +25,7 @@ from dyncc.kernels.generator.kinds import Attend, AttendChosen, ExitConfidence, 
 from dyncc.kernels.generator.samples import beside_truth, closeness, sample
 from dyncc.kernels.generator.spec import KernelSpec
 from dyncc.kernels.generator.standard import GATED_NORM, STANDARD
+from dyncc.kernels.generator.tune import preferred
 from dyncc.kernels.select_keys import triton_pages
 from dyncc.timing import paired
 
@@ -63,6 +64,7 @@ def differences(device: str, specs: tuple[KernelSpec, ...] = STANDARD) -> list[s
 def timed(spec: Any, sizes: dict[str, Any], pairs: int) -> dict[str, Any]:
     """Microseconds of the kernel and of each rival, and how many times faster the kernel is."""
     given, more = sample(spec, "cuda", **{"batch": 1, "heads": 32, "groups": 8, **sizes})
+    spec = preferred(spec, torch.device("cuda"))
     ways: dict[str, Callable[[], Any]] = {KERNEL: partial(_whole, spec, *given, **more), **op_ways(spec, given, more)}
     for name, (rival, first) in rivals(spec).items():
         ways[name] = partial(torch.compile(rival, dynamic=False) if first else rival, spec, *given, **more)

@@ -12,6 +12,7 @@ from dyncc.kernels.gated_delta_rule.chunks import chunk
 from dyncc.kernels.gated_delta_rule.truth import step
 from dyncc.kernels.gated_linear_attention.gpu import spec_of
 from dyncc.kernels.gated_linear_attention.op import SHORT, fake, in_order
+from dyncc.kernels.generator.tune import preferred
 from dyncc.kernels.gradients import by_truth
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
@@ -35,7 +36,7 @@ def on_gpu(
     spec = spec_of(q, k, v, decay, state, "delta")
     if spec is None or any(x is not None and x.shape != q.shape[:3] for x in (beta, log_decay)):
         return forward(q, k, v, beta, log_decay, state)
-    return in_order(spec.run(q, k, v, beta=beta.unsqueeze(3), log_decay=decay, state=state))
+    return in_order(preferred(spec, q.device).run(q, k, v, beta=beta.unsqueeze(3), log_decay=decay, state=state))
 
 
 def with_gradients(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:

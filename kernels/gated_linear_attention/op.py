@@ -14,6 +14,7 @@ from dyncc.kernels.gated_linear_attention.gpu import spec_of
 from dyncc.kernels.gated_linear_attention.segments import by_segments
 from dyncc.kernels.gated_linear_attention.truth import step
 from dyncc.kernels.generator.kinds import LinearChunk
+from dyncc.kernels.generator.tune import preferred
 from dyncc.kernels.gradients import by_truth
 
 SHORT = 4
@@ -39,9 +40,10 @@ def on_gpu(
     spec = spec_of(q, k, v, log_decay, state, "add")
     if spec is None:
         return on_cpu(q, k, v, log_decay, state, scale)
-    if isinstance(spec, LinearChunk):
-        return in_order(by_segments(spec, q, k, v, log_decay, state, scale))
-    return in_order(spec.run(q, k, v, log_decay=log_decay, state=state, scale=scale))
+    formed = preferred(spec, q.device)
+    if isinstance(formed, LinearChunk):
+        return in_order(by_segments(formed, q, k, v, log_decay, state, scale))
+    return in_order(formed.run(q, k, v, log_decay=log_decay, state=state, scale=scale))
 
 
 def in_order(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,8 @@ class LinearChunk(HeadKernel):
     entry: ClassVar[str] = "linear_chunk"
     title: ClassVar[str] = "Linear attention in chunks"
     tiles: ClassVar[tuple[str, ...]] = ("rows", "columns")
+    large: ClassVar[Mapping[str, int]] = {"batch": 16, "rows": 256}
+    """As segments of a sequence stand beside each other."""
     registers: ClassVar[int] = 255
     in_order: ClassVar[bool] = False
 
@@ -120,7 +122,7 @@ class LinearChunk(HeadKernel):
         return ending(self.epilogues, "place")
 
     def choices(self) -> Mapping[str, tuple[int, ...]]:
-        return {"rows": (16, 32), "columns": (16, 32, 64)}
+        return {"rows": (16, 32), "columns": (16, 32, 64), "warps": (4, 8)}
 
     def operands(self) -> tuple[Operand, ...]:
         return recurrent_operands(self)
