@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,6 @@ from record import progress, write
 
 from dyncc.bench_result import environment
 from dyncc.evidence import TOLERANCE
-from dyncc.kernels.gated_linear_attention.segments import AT_ONCE, by_segments
 from dyncc.kernels.generator.kinds import Attend, AttendChosen, ExitConfidence, LinearChunk, Rows
 from dyncc.kernels.generator.samples import beside_truth, closeness, sample
 from dyncc.kernels.generator.spec import KernelSpec
@@ -65,7 +63,7 @@ def timed(spec: Any, sizes: dict[str, Any], pairs: int) -> dict[str, Any]:
     """Microseconds of the kernel and of each rival, and how many times faster the kernel is."""
     given, more = sample(spec, "cuda", **{"batch": 1, "heads": 32, "groups": 8, **sizes})
     spec = preferred(spec, torch.device("cuda"))
-    ways: dict[str, Callable[[], Any]] = {KERNEL: partial(_whole, spec, *given, **more), **op_ways(spec, given, more)}
+    ways: dict[str, Callable[[], Any]] = {KERNEL: partial(_whole, spec, *given, **more)}
     for name, (rival, first) in rivals(spec).items():
         ways[name] = partial(torch.compile(rival, dynamic=False) if first else rival, spec, *given, **more)
     timings = paired({name: partial(_repeated, way) for name, way in ways.items()}, pairs=pairs, warmup=2, progress=progress)
@@ -77,14 +75,6 @@ def timed(spec: Any, sizes: dict[str, Any], pairs: int) -> dict[str, Any]:
         rows[name] = {"failed": problem}
         print(f"{spec.name} {sizes}: {name} failed: {problem}")
     return rows
-
-
-def op_ways(spec: Any, given: Any, more: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """The path of the op around a kernel: linear attention in segments, by programs of 8 warps and, two at once, of 4."""
-    if spec.entry != "linear_chunk" or spec.epilogues or spec.rule != "add":
-        return {}
-    few = partial(by_segments, replace(spec, warps=4), at_once=2 * AT_ONCE)
-    return {"op": partial(by_segments, spec, *given, **more), "op, 4 warps": partial(few, *given, **more)}
 
 
 def _whole(spec: Any, *given: Any, **more: Any) -> Any:

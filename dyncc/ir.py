@@ -216,10 +216,10 @@ def emit(before: fx.Node, function: Callable[..., Any], *args: Any, pre_dispatch
                 result = fx.node.map_arg(n.args[0], lambda a: env[a])
             elif n.op == "get_attr":
                 env[n] = constant(before, getattr(traced, str(n.target)))
-            elif n.target is not aten.detach.default:
-                env[n] = graph.node_copy(n, lambda a: env[a])
-            else:
+            elif n.target is aten.detach.default:
                 env[n] = env[n.args[0]]
+            elif n.target is not aten.promote_types.default:  # torch 2.11 records what it already carried out
+                env[n] = graph.node_copy(n, lambda a: env[a])
     return result
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from dyncc.kernels.gated_delta_rule import op as delta
 from dyncc.kernels.gated_delta_rule.truth import step
 from dyncc.kernels.gated_linear_attention import op as add
-from dyncc.kernels.gated_linear_attention.segments import by_segments
 
 CLOSE = {torch.float32: 3e-5, torch.float16: 8e-3}
 Results = tuple[Tensor, Tensor]
@@ -53,14 +52,6 @@ def the_delta_rule(kind: str, tokens: int, started: bool) -> None:
     close(delta.on_gpu(q, k, v, beta, fell, state), want, torch.float32, ("delta", kind, tokens, started))
 
 
-def in_segments(kind: str, tokens: int, started: bool, dtype: torch.dtype) -> None:
-    values = tensors(kind, tokens, (16, 20), dtype, started)
-    state = torch.randn(2, 3, 16, 20) if started else None
-    spec: Any = add.spec_of(*values, state, "add")
-    got = by_segments(spec, *values, state, 0.5, at_once=6 * spec.programs + 1, least=32)
-    close(got, judged(*values, state, scale=0.5), dtype, ("segments", kind, tokens, started, dtype))
-
-
 def bad_sizes() -> None:
     """What does not fit is told as on a CPU."""
     q, k, v, decay = tensors("mild", 20, (4, 3), torch.float32, False)
@@ -83,17 +74,12 @@ def cases(part: str) -> Iterator[tuple[Any, ...]]:
     yield (bad_sizes,)
     if part == "some":
         yield the_delta_rule, "one a token", 17, True
-        yield in_segments, "forgets", 70, True, torch.float32
+        yield the_rule_add, "forgets", 40, True
     if part == "ops":
         for kind, tokens, started in itertools.product(DECAYS, (1, 5, 40), (False, True)):
             yield the_rule_add, kind, tokens, started
             if kind not in ("one a head", "mixed"):
                 yield the_delta_rule, kind, tokens, started
-    if part == "segments":
-        for kind, tokens, started in itertools.product(DECAYS, (64, 75, 150), (False, True)):
-            yield in_segments, kind, tokens, started, torch.float32
-        for kind in DECAYS:
-            yield in_segments, kind, 75, True, torch.float16
 
 
 def main(part: str) -> None:

@@ -10,12 +10,15 @@ import json
 from dyncc.kernels.generator import tune
 from dyncc.kernels.generator.catalogue import tuned
 
+GAIN = 1.05
+"""How much faster a form must be: below, it may be chance."""
+
 
 def main() -> None:
     found = tuned()
     for row in found:
         print(row)
-    kept = {**tune.known(), str(tune.at_hand()): {row.name: row.form for row in found if row.form}}
+    kept = {**tune.known(), str(tune.at_hand()): {row.name: row.form for row in found if row.before > GAIN * row.seconds}}
     parts = []
     for where, forms in sorted(kept.items()):
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(form)}" for name, form in sorted(forms.items()))

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from dyncc.kernels.gated_linear_attention.chunks import chunk, chunk_by_chunk
 from dyncc.kernels.gated_linear_attention.gpu import spec_of
-from dyncc.kernels.gated_linear_attention.segments import by_segments
 from dyncc.kernels.gated_linear_attention.truth import step
-from dyncc.kernels.generator.kinds import LinearChunk
 from dyncc.kernels.generator.tune import preferred
 from dyncc.kernels.gradients import by_truth
 
@@ -36,14 +34,11 @@ def on_cpu(
 def on_gpu(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """By a generated kernel, where there is one for such tensors: a long sequence in segments beside each other."""
+    """By a generated kernel, where there is one for such tensors."""
     spec = spec_of(q, k, v, log_decay, state, "add")
     if spec is None:
         return on_cpu(q, k, v, log_decay, state, scale)
-    formed = preferred(spec, q.device)
-    if isinstance(formed, LinearChunk):
-        return in_order(by_segments(formed, q, k, v, log_decay, state, scale))
-    return in_order(formed.run(q, k, v, log_decay=log_decay, state=state, scale=scale))
+    return in_order(preferred(spec, q.device).run(q, k, v, log_decay=log_decay, state=state, scale=scale))
 
 
 def in_order(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,6 @@ class LinearChunk(HeadKernel):
     entry: ClassVar[str] = "linear_chunk"
     title: ClassVar[str] = "Linear attention in chunks"
     tiles: ClassVar[tuple[str, ...]] = ("rows", "columns")
-    large: ClassVar[Mapping[str, int]] = {"batch": 16, "rows": 256}
-    """As segments of a sequence stand beside each other."""
     registers: ClassVar[int] = 255
     in_order: ClassVar[bool] = False
 
