@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from zoo_model import Attn, ZooModel
 import dyncc
 from dyncc.capture import from_model
 from dyncc.decoding import Prefill
-from dyncc.ir import Program, emit, op_name, outputs, val
+from dyncc.ir import Program, aten, emit, op_name, outputs, val
 from dyncc.pass_tensors import brought_by, with_tensors
 from dyncc.passes import EXACT
 from dyncc.pipeline import build
@@ -54,7 +55,7 @@ SELECTING = (
     SELECT, "select-kv{budget=4 score=logits share=head sinks=1 recents=1}", "select-kv{budget=4 score=recents sinks=1 recents=0}",
     "select-kv{budget=4 score=bound share=head page=2 sinks=1 recents=1}",
     "select-kv{budget=4 score=mean share=group page=2 sinks=1 recents=1}",
-    "select-kv{budget=4 score=middle share=head page=4 branch=2 beam=4 sinks=1 recents=1}", *LEAVING, *REALISED,
+    "select-kv{budget=4 score=middle share=head page=4 branch=2 beam=4 sinks=1 recents=1}",
 )  # fmt: skip
 EVICTING = (
     EVICT, "evict-kv{budget=4 score=received decay=0.9 recents=1}", "evict-kv{budget=4 score=received temperature=1.0 seed=0 recents=1}",
@@ -89,6 +90,13 @@ def told(of: Captured, text: str, values: Sequence[Any]) -> tuple[Any, Program, 
     return (applied.applied, applied.modified, applied.reason, applied.result.found, applied.result.expected), dense, applied.program
 
 
+def ops_more(dense: Program, made: Program) -> dict[Any, int]:
+    """Which ops there are more of, or fewer, than in the dense program, but those that PyTorch leaves out where memory is laid out well."""
+    found = Counter(n.target for n in made.graph.nodes if n.op == "call_function")
+    found.subtract(n.target for n in dense.graph.nodes if n.op == "call_function")
+    return {op: count for op, count in found.items() if count and op not in (aten.contiguous.default, aten.lift_fresh_copy.default)}
+
+
 def on_cpu(of: Program) -> Iterator[tuple[str, Tensor]]:
     """Tensors on the CPU by the names of their nodes, those of branches among them."""
     for name, module in of.module.named_modules():
@@ -111,11 +119,9 @@ def alike(model: nn.Module, call: tuple[Any, ...], passes: Sequence[str], sizes:
     there = captured(*on_meta(model, call), sizes)
     applied = set()
     for text in passes:
-        (words, _, made), (other, dense, moved) = told(here, text, values), told(there, text, values)
+        (words, plain, made), (other, dense, moved) = told(here, text, values), told(there, text, values)
         assert words == other, text
-        assert [n.target for n in made.graph.nodes if n.op == "call_function"] == [
-            n.target for n in moved.graph.nodes if n.op == "call_function"
-        ], text
+        assert ops_more(plain, made) == ops_more(dense, moved), text
         known = {name for name, tensor in on_cpu(dense) if tensor.dim() == 0}
         assert not {name for name, tensor in on_cpu(moved) if name not in known or tensor.dim()}, text
         applied |= {text} if words[0] else set()
@@ -163,6 +169,27 @@ def test_a_small_encoder(passes: str) -> None:
     assert applied >= {*some, *PRUNING, *LEAVING, *REALISED} & {*chosen}
 
 
+def compare(tiny: Tiny, passes: Sequence[str], device: str) -> None:
+    """A rewritten model on a device gives what it gives on the CPU."""
+    values = inputs(tiny, 4, 11, True)
+    there = tuple(x.to(device) for x in values)
+    for text in passes:
+        made = dyncc.optimize(tiny.build(), values, passes=text, engine="reference", evidence="numeric")
+        moved = dyncc.optimize(tiny.build().to(device), there, passes=text, engine="reference", evidence="numeric")
+        assert [(r.applied, r.found, r.reason) for r in made.report.rewrites] == [
+            (r.applied, r.found, r.reason) for r in moved.report.rewrites
+        ], text
+        found = moved(*there)
+        assert found.device.type == device and not moved.report.fallback
+        torch.testing.assert_close(found.cpu(), made(*values), rtol=1e-3, atol=1e-4, msg=lambda words, text=text: f"{text}: {words}")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("tiny", TINIES)
+def test_a_gpu_computes_what_the_cpu_does(tiny: Tiny) -> None:
+    compare(tiny, WHOLE, "cuda")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("tiny", TINIES)
@@ -186,7 +213,7 @@ def test_the_zoo(model: ZooModel, attn: Attn) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("model", "attn"), [pytest.param(m, a, id=f"{m.name}-{a}") for m, a in STEPS])
+@pytest.mark.parametrize(("model", "attn"), [pytest.param(m, a, id=f"{m.name}-{a}") for i, (m, a) in enumerate(STEPS) if i % 4 in (0, 3)])
 def test_steps_and_prompts_of_the_zoo(model: ZooModel, attn: Attn) -> None:
     made, call = decoding_step(model, attn)
     applied = alike(made, call, SELECTING) | alike(Prefill(model.build(attn).model, keys=True), model.inputs(padding=True)[:2], EVICTING)
