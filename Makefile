@@ -46,7 +46,7 @@ test-full: $(INSTALLED) ## run every test (long) and write tests/full.md
 
 .PHONY: test-kernels
 test-kernels: $(INSTALLED) ## run every test of kernels: truths, interpreter, compilers (minutes)
-	$(BIN)/pytest tests/test_generator.py tests/test_fused_attention.py tests/test_triton_pages.py tests/test_one_row.py tests/test_kernels_truth.py tests/test_native.py tests/test_gpu_benchmark.py $(PYTEST_FLAGS)
+	$(BIN)/pytest tests/test_generator.py tests/test_fused_attention.py tests/test_triton_pages.py tests/test_one_row.py tests/test_kernels_truth.py tests/test_native.py tests/test_gpu_benchmark.py tests/test_kernel_tuning.py tests/test_linear_attention_on_gpu.py $(PYTEST_FLAGS)
 
 .PHONY: test-matrix
 test-matrix: ## run the zoo on the oldest and the newest torch and transformers allowed and write tests/matrix.md
