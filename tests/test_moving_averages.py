@@ -11,8 +11,11 @@ from graphs import program
 from torch.nn import functional as F
 
 import dyncc
+from dyncc.backends import inductor
 from dyncc.evidence import relative_error
 from dyncc.ir import op_name, shape
+from dyncc.kernels.decayed_sum import DECAYED_SUM
+from dyncc.kernels.decayed_sum.op import WIDE
 from dyncc.layers.decay_mixer import DecayMixer
 from dyncc.own_ops import spelled_out
 from dyncc.passes.fuse_linear_attention import FuseLinearAttention
@@ -255,3 +258,28 @@ def test_the_layer_and_its_state() -> None:
         assert made.report.rewrites[0].applied, made.report.rewrites[0].reason
         for a, b in zip(layer(x), made(x), strict=True):
             assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tokens", [17, 40])
+def test_inductor_compiles_a_narrow_sum(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ATen that it fuses: the op is not called."""
+    lowered: list[Any] = []
+    compile_graph = inductor.compile_graph
+    monkeypatch.setattr(inductor, "compile_graph", lambda module, inputs: lowered.append(module) or compile_graph(module, inputs))
+    torch.manual_seed(0)
+    layer, x = DecayMixer(16, 2), torch.randn(1, tokens, 16)
+    fast = torch.compile(layer, backend="dyncc", options={"passes": "fuse-linear-attention"}, dynamic=False)
+    with torch.no_grad():
+        for one, other in zip(fast(x), layer(x), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert "fuse-linear-attention" in [r.name for r in dyncc.reports()[-1].rewrites if r.applied]
+    assert [n for n in lowered[-1].graph.nodes if n.target is DECAYED_SUM] == []
+
+
+def test_sums_that_are_wide_or_of_any_length_stay_an_op() -> None:
+    def graph(numbers: int) -> Any:
+        return program(lambda x, f: DECAYED_SUM(x, f), torch.randn(1, 40, numbers), torch.rand(1, 1, numbers))
+
+    pays = inductor.COMPILED[DECAYED_SUM][1]
+    assert [pays(n) for count in (64, WIDE) for n in graph(count).graph.nodes if n.target is DECAYED_SUM] == [True, False]

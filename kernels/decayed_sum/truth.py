@@ -35,16 +35,15 @@ def in_chunks(x: Tensor, factor: Tensor, state: Tensor | None = None) -> Tensor:
     x_, factor, held = _started(x, factor, state)
     tokens, size = x.shape[1], _size(x.shape[1])
     chunks, factors = (F.pad(v, (0, 0, 0, -tokens % size), value=1.0).unflatten(1, (-1, size)) for v in (x_, factor))
-    own, since = torch.empty_like(chunks), torch.empty_like(factors)
-    own[:, :, 0], since[:, :, 0] = chunks[:, :, 0], factors[:, :, 0]
+    owns, sinces = [chunks[:, :, 0]], [factors[:, :, 0]]
     for i in range(1, size):
-        own[:, :, i] = torch.addcmul(chunks[:, :, i], factors[:, :, i], own[:, :, i - 1])
-        since[:, :, i] = since[:, :, i - 1] * factors[:, :, i]
-    before = torch.empty_like(own[:, :, 0])
-    for n in range(chunks.shape[1]):
-        before[:, n] = held
-        held = torch.addcmul(own[:, n, -1], since[:, n, -1], held)
-    return torch.addcmul(own, since, before.unsqueeze(2)).flatten(1, 2)[:, :tokens].to(x.dtype)
+        owns.append(torch.addcmul(chunks[:, :, i], factors[:, :, i], owns[-1]))
+        sinces.append(sinces[-1] * factors[:, :, i])
+    own, since = torch.stack(owns, 2), torch.stack(sinces, 2)
+    before = [held]
+    for n in range(chunks.shape[1] - 1):
+        before.append(torch.addcmul(own[:, n, -1], since[:, n, -1], before[-1]))
+    return torch.addcmul(own, since, torch.stack(before, 1).unsqueeze(2)).flatten(1, 2)[:, :tokens].to(x.dtype)
 
 
 def at_once(x: Tensor, factor: Tensor, state: Tensor | None = None) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from dyncc.kernels.gradients import by_truth
 from dyncc.kernels.slot_attention.truth import attend_slots, check
 
-SCORES = 1 << 19
-"""Scores that are held at once: they stay in the cores' caches."""
+SCORES = 1 << 20
+"""Scores that are held at once: fewer make products too small, more leave the caches."""
 LEAST_ROWS = 32
 
 _library = torch.library.Library("dyncc", "FRAGMENT")
