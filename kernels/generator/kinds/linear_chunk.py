@@ -120,7 +120,7 @@ class LinearChunk(HeadKernel):
         return ending(self.epilogues, "place")
 
     def choices(self) -> Mapping[str, tuple[int, ...]]:
-        return {"rows": (16, 32), "columns": (16, 32, 64), "warps": (4, 8)}
+        return {"rows": (16, 32), "columns": (16, 32, 64)}
 
     def operands(self) -> tuple[Operand, ...]:
         return recurrent_operands(self)
