@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ WHOLE = (
     "drop-layers{layers=2}", "route-tokens{layers=1 fill=carry score=norm}",
 )  # fmt: skip
 SOME = (
-    "prune-tokens{keep=0.5 layers=1}", "prune-tokens{keep=0.5 layers=1 score=received-attention}", "evit{keep=0.5 layers=1}",
+    "prune-tokens{keep=0.5 layers=1}", "prune-tokens{keep=0.5 layers=1 score=received-attention}",
     "prune-tokens{keep=0.5 layers=1 score=last-window-attention}", "exit-early{layers=1}", "drop-layers{layers=2}",
     "exit-early{layers=1 score=saturation decay=4.0 realise=compact}", "route-tokens{layers=1 fill=carry score=norm}",
 )  # fmt: skip
@@ -87,7 +88,8 @@ def told(of: Captured, text: str, values: Sequence[Any]) -> tuple[Any, Program, 
     tensors = brought_by((passed,), of.program)
     dense = with_tensors(of.program, tensors, of.state)
     applied = apply_pass(dense, passed, Context(values=[*values[: of.state], *tensors.values(), *values[of.state :]]))
-    return (applied.applied, applied.modified, applied.reason, applied.result.found, applied.result.expected), dense, applied.program
+    reason = re.sub(r"_\d+", "", applied.reason)  # the numbers of nodes
+    return (applied.applied, applied.modified, reason, applied.result.found, applied.result.expected), dense, applied.program
 
 
 def ops_more(dense: Program, made: Program) -> dict[Any, int]:
