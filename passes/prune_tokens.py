@@ -29,6 +29,7 @@ from dyncc.passes.reads import Reads, output_reads
 from dyncc.pipeline import render
 from dyncc.restrict import Plan, Refusal, plan_forward
 from dyncc.rewrite import Context, Pass, PassResult
+from dyncc.undo import undone_if_refused
 
 Score = Literal[
     "auto", "cls-attention", "last-attention", "last-logits", "last-window-attention", "received-attention", "hidden-norm", "key-norm",
@@ -80,7 +81,8 @@ class PruneTokens(Pass):
         done = 0
         for stack in facts.stacks:
             try:
-                made, short = self._prune(program, facts, stack)
+                with undone_if_refused(program.graph):
+                    made, short = self._prune(program, facts, stack)
             except Refusal as refusal:
                 misses.append(f"{refusal}{self._other_cache(program, facts)}")
                 continue
