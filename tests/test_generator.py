@@ -218,7 +218,7 @@ def test_kernels_compile_for_targets_that_are_not_here_without_spills(where: str
     made = compiled(spec, where)
     assert made.spills == 0 and 0 < made.registers <= 255
     assert made.shared_memory <= TARGETS[where].shared and 0.1 <= made.occupancy <= 1
-    assert made.bytes > 0 and made.seconds > 0 and (made.flops > 0) == (spec.entry != "gather_rows")
+    assert made.bytes > 0 and made.seconds > 0 and (made.flops > 0) == (spec.entry != "gather_rows" or bool(spec.epilogues))
     assert figures.worse(made) == []
     assert compiled(spec, where) == made
 
