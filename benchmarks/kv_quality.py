@@ -31,7 +31,7 @@ from dyncc.bench_result import environment
 from dyncc.calibrate import calibrate_pairs
 from dyncc.decoding import Prefill, continuation_nll, flatten_cache
 from dyncc.kernels.evict_keys import column_sums, row_weights, window_sums
-from dyncc.kernels.select_keys import page_bounds, page_keys, page_means, shared_scores, take_keys
+from dyncc.kernels.select_keys import near_bounds, page_keys, page_means, shared_scores, take_keys
 from dyncc.models import english_tokens, load_smollm2
 from dyncc.pair_order import load_pairs
 from dyncc.passes.evict_kv import EvictKV
@@ -48,6 +48,7 @@ SELECT = [
     "select-kv{budget=256 score=logits share=head sinks=0 recents=0}",
     "tokenselect{budget=256 sinks=16 recents=64}",
     "quest{budget=512}",
+    "quest{budget=512 share=any page=8 slack=0.35}",
     "hisa{budget=256 page=16 beam=32}",
     "hip{budget=512}",
     "fasa{budget=256 pairs=8}",
@@ -124,7 +125,7 @@ class Selecting:
     def _kept(self, k: Tensor) -> tuple[Tensor, ...]:
         """What a cache keeps of its pages. Of a row's last page it counts later keys too, but that page is always chosen."""
         if self.passed.score == "bound":
-            return page_bounds(k, self.passed.page)
+            return near_bounds(k, self.passed.page, self.passed.slack)
         return (page_means(k, self.passed.page)[:, :, :-1],) if self.passed.score == "mean" else ()
 
     def _page_keys(self, q: Tensor, k: Tensor, seen: Tensor, kept: tuple[Tensor, ...]) -> Tensor:

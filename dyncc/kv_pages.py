@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncc.kernels.select_keys import page_bounds, page_means
+from dyncc.kernels.select_keys import near_bounds, page_means
 
 
 class PageBounds:
-    """Smallest and largest value of each channel in each page of `page` keys, [B, G, pages, D] twice, with room to grow.
+    """Smallest and largest value of each channel in each page of `page` keys, [B, G, pages, D] twice, with room to grow; with `slack`
+    below 1 drawn towards the mean, as in `near_bounds`.
 
     The last page's bounds change in place, so every store has bounds of its own.
     """
 
-    def __init__(self, page: int) -> None:
-        self.page = page
+    def __init__(self, page: int, slack: float = 1.0) -> None:
+        self.page, self.slack = page, slack
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
@@ -26,19 +27,29 @@ class PageBounds:
         length: Any = keys.shape[2]
         pages = (length + self.page - 1) // self.page
         if self.low is None or self.high is None or new != 1 or pages > self.low.shape[2]:
-            self.low, self.high = _roomy(keys, self.page, room)
-        else:
+            low, high = near_bounds(keys, self.page, self.slack)
+            wide = (room + self.page - 1) // self.page
+            self.low, self.high = _wide(low, wide, torch.inf), _wide(high, wide, -torch.inf)
+        elif self.slack == 1.0:
             last = keys[:, :, length - 1 :]
             self.low[:, :, pages - 1 : pages] = torch.minimum(self.low[:, :, pages - 1 : pages], last)
             self.high[:, :, pages - 1 : pages] = torch.maximum(self.high[:, :, pages - 1 : pages], last)
+        else:
+            self.low[:, :, pages - 1 : pages], self.high[:, :, pages - 1 : pages] = self._last(keys, pages)
         return self.low[:, :, :pages], self.high[:, :, :pages]
+
+    def _last(self, keys: Tensor, pages: Any) -> tuple[Tensor, Tensor]:
+        """The bounds of the last page, [B, G, 1, D] twice, anew from its keys: the mean moves with every key."""
+        at = (pages - 1) * self.page + torch.arange(self.page, device=keys.device)
+        real = (at < keys.shape[2]).expand(keys.shape[0], 1, self.page)
+        return near_bounds(keys.index_select(2, at.clamp(max=keys.shape[2] - 1)), self.page, self.slack, real)
 
     def forget(self) -> None:
         """Take the bounds anew from the keys at the next step: rows were dropped, or others came."""
         self.low = self.high = None
 
     def copy(self) -> PageBounds:
-        other = PageBounds(self.page)
+        other = PageBounds(self.page, self.slack)
         if self.low is not None and self.high is not None:
             other.low, other.high = self.low.clone(), self.high.clone()
         return other
@@ -74,17 +85,12 @@ class PageMeans:
 
 def pages_for(select: Any) -> PageBounds | PageMeans | None:
     """What a cache keeps of its pages for a pass that selects; None where it needs nothing."""
-    kinds: dict[str, type[PageBounds | PageMeans]] = {"bound": PageBounds, "mean": PageMeans}
-    return kinds[select.score](select.page) if select is not None and select.score in kinds else None
+    if select is not None and select.score == "bound":
+        return PageBounds(select.page, select.slack)
+    return PageMeans(select.page) if select is not None and select.score == "mean" else None
 
 
 def _wide(x: Tensor, pages: Any, fill: float) -> Tensor:
     wide = x.new_full((x.shape[0], x.shape[1], pages, x.shape[3]), fill)
     wide[:, :, : x.shape[2]] = x
     return wide
-
-
-def _roomy(keys: Tensor, page: int, room: int) -> tuple[Tensor, Tensor]:
-    pages = (room + page - 1) // page
-    low, high = page_bounds(keys, page)
-    return _wide(low, pages, torch.inf), _wide(high, pages, -torch.inf)

@@ -78,7 +78,7 @@ def look_back_problem(passed: Any) -> tuple[str, str] | None:
         return "density", "each layer has a number of keys of its own, so that none can reuse the choice of another"
     if passed.density:
         return None
-    if passed.share == "head":
+    if passed.share in ("head", "any"):
         return "share", "similar= remembers the choice of a layer or of its groups: share=layer or share=group"
     if passed.beam is not None:
         return "beam", "similar= takes whole pages or single keys again, not keys found in pages"

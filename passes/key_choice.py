@@ -63,7 +63,7 @@ class KeyChooser:
                 return former.keys(SCORE_KEYS(q, k, visible, options.score, options.share, scale), visible, former.counts(old))
             before = former.before(q, *old) if former is not None else None
             if options.score in PAGE_SCORES:
-                index = options.pages.keys(q, k, visible, more[: len(kept)], before)
+                index = options.pages.keys(q, k, visible, more[: len(kept)], before, scale)
             else:
                 index = self._keys(q, k, visible, scale, rows, before)
             return index if before is None or former is None else (index, *former.after(q, before, index))

@@ -1,6 +1,7 @@
 """Choosing keys by pages for `select-kv`: what stands for a page is scored; the best pages stay whole, or are split down to keys.
 
-`bound` reads two rows a page, `mean` and `middle` one; a `dyncc.KVCache` keeps bounds and means up to date, and middles stand in the keys.
+`bound` reads two rows a page, and with `slack` below 1 is drawn towards the mean of q.k; `mean` and `middle` read one; a `dyncc.KVCache`
+keeps bounds and means up to date, and middles stand in the keys.
 With `beam` pages kept, their keys are chosen by q.k (HISA, Xu et al. 2026); with `branch` spans are split by levels, each scored by the
 key in its middle (HiP, Lee et al. 2024, whose first spans grow with the length; here their size is fixed, and so are the levels).
 """
@@ -18,7 +19,7 @@ from dyncc.analysis.attention import AttentionRegion, kv_sources
 from dyncc.kernels.one_row import SCORE_PAGES, SELECT_BEST
 from dyncc.kernels.select_keys import (
     PARTLY_READ,
-    page_bounds,
+    near_bounds,
     page_means,
     page_middles,
     visible_pages,
@@ -44,9 +45,16 @@ class PageChoice:
     page: int
     beam: int | None
     branch: int | None
+    slack: float = 1.0
 
     def problem(self) -> tuple[str, str] | None:
         """The option that does not fit and why, or None."""
+        if not 0.0 < self.slack <= 1.0:
+            return "slack", "a part of what bounds stand above the mean, above 0 and at most 1; without any it is score=mean"
+        if self.slack < 1.0 and self.score != "bound":
+            return "slack", "it draws the bounds of pages towards their mean: score=bound"
+        if self.share == "any" and (self.score != "bound" or self.beam is not None):
+            return "share", "any compares what whole pages are to each head: score=bound, without beam="
         if self.score not in PAGE_SCORES:
             problem = "single keys are scored; pages that can be split need score=bound, mean or middle"
             return next(((name, problem) for name in ("beam", "branch") if getattr(self, name) is not None), None)
@@ -111,13 +119,15 @@ class PageChoice:
         return list(mark.args[1]) if mark is not None else []  # type: ignore[arg-type]
 
     def keys(
-        self, q: Tensor, k: Tensor, visible: Tensor | None, kept: Sequence[Tensor] = (), before: Before | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, visible: Tensor | None, kept: Sequence[Tensor] = (), before: Before | None = None,
+        scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """The spans [B, C, S] of `read` keys for q [B, H, 1, D] and k [B, G, N, D], visible [B, 1, N] or all, with what a cache keeps of
         pages and the choice of the step before. Some may lie behind the last key."""
         if self.score == "bound":
-            low, high = kept or page_bounds(k, self.page, visible)
-            score, told = SCORE_PAGES(q, low, high, self.share, *([before.again] if before is not None else [])), None
+            low, high = kept or near_bounds(k, self.page, self.slack, visible)
+            shown = visible_pages(visible, self.page) if visible is not None and self.share == "any" else None
+            score, told = SCORE_PAGES(q, low, high, self.share, before.again if before is not None else None, shown, scale), None
         elif self.score == "mean":
             score = span_scores(q.float(), kept[0] if kept else page_means(k, self.page, visible), self.share)
             told = None if visible is None or not kept else ~visible_pages(~visible, self.page)  # a cache's means count pads

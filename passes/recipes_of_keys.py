@@ -26,7 +26,8 @@ SELECTION = (
         means="select-kv{budget=1024 score=bound share=head page=16 sinks=4 recents=1 dense=2}",
         citation="Tang et al., Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, ICML 2024",
         note="pages of 16 keys by what q.k cannot exceed in them; the first 2 layers read all; the page of the first 4 keys is always "
-        "read, which the authors leave to its bound; dyncc.KVCache keeps the bounds of pages",
+        "read, which the authors leave to its bound; dyncc.KVCache keeps the bounds of pages. share=any page=8 slack=0.35 is ours: the "
+        "heads of a group read the same pages, those that matter most to any of them",
         confidence="high",
     ),
     Recipe(

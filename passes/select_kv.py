@@ -4,11 +4,11 @@ o = softmax(q k[S]' * scale) v[S] with S the `budget` best keys by a score of th
 `recents` keys are always in S. Positions stay those of the cache, masks follow. Side conditions: one query row an attention (a decoding
 step), one mask row for all heads. Spelled-out attention keeps its logits and reads fewer values. Lossy; all keys as budget is the dense
 model. TokenSelect (Wu et al. 2024) for the vote; Quest (Tang et al. 2024) for `bound`, which chooses whole pages by what q.k cannot
-exceed in them, and reads only two rows of each page where a `dyncc.KVCache` keeps their bounds; HISA (Xu et al. 2026) and HiP (Lee et
-al. 2024) for pages that are refined to keys (page_choice.py); FASA (Wang et al. 2026) for `pairs`, q.k over a few rotary pairs alone
-(pair_choice.py); TidalDecode (Yang et al. 2024) for choices that later layers reuse; TokenSelect and LouisKV (Wu et al. 2026)
-for choices that later steps reuse (former_choice.py); ActQKV (Xiao et al. 2025) for budgets that follow
-each layer's votes (layer_budgets.py).
+exceed in them, and reads only two rows of each page where a `dyncc.KVCache` keeps their bounds (share=any and slack= are ours); HISA (Xu
+et al. 2026) and HiP (Lee et al. 2024) for pages that are refined to keys (page_choice.py); FASA (Wang et al. 2026) for `pairs`, q.k over
+a few rotary pairs alone (pair_choice.py); TidalDecode (Yang et al. 2024) for choices that later layers reuse; TokenSelect and LouisKV (Wu
+et al. 2026) for choices that later steps reuse (former_choice.py); ActQKV (Xiao et al. 2025) for budgets that follow each layer's votes
+(layer_budgets.py).
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class SelectKV(Pass):
 
     Scores of pages choose whole ones, or `beam` of them whose keys are then chosen by q.k; `branch` splits them by levels.
 
+    Heads choose together by the mean of their scores, those of a `group` or of the `layer`; or a group takes the pages that matter most to
+    `any` of its heads, whose bounds are turned into probabilities first. `slack` is how much of a page's bound counts above its mean.
+
     With `layers`, those choose and all between them reuse; with `full`, an attention that chooses sees all keys itself.
 
     With `similar`, a row of the batch takes its choice of the step before again while the `cosine` of its query (of the heads together,
@@ -51,7 +54,7 @@ class SelectKV(Pass):
 
     budget: int = 512
     score: Literal["vote", "logits", "recents", "bound", "mean", "middle", "pairs"] = "vote"
-    share: Literal["layer", "group", "head"] = "layer"
+    share: Literal["layer", "group", "head", "any"] = "layer"
     sinks: int = 4
     recents: int = 32
     dense: int = 0
@@ -59,6 +62,7 @@ class SelectKV(Pass):
     page: int = 16
     beam: int | None = None
     branch: int | None = None
+    slack: float = 1.0
     pairs: int = 16
     file: str | None = None
     layers: Layers | None = None
@@ -124,7 +128,7 @@ class SelectKV(Pass):
     @property
     def pages(self) -> PageChoice:
         """How pages are chosen, by scores of pages."""
-        return PageChoice(self.score, self.share, self.budget, self.sinks, self.recents, self.page, self.beam, self.branch)
+        return PageChoice(self.score, self.share, self.budget, self.sinks, self.recents, self.page, self.beam, self.branch, self.slack)
 
     @property
     def former(self) -> FormerChoice | LayerBudgets | None:

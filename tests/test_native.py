@@ -201,8 +201,12 @@ def test_the_faster_one_is_taken_with_as_many_threads_as_pay(monkeypatch: pytest
 @pytest.mark.usefixtures("_always")
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "passes", [None, "tokenselect{budget=12 sinks=2 recents=4}", "quest{budget=16 page=4 dense=0}", "snapkv{budget=12 window=4 recents=4}"]
-)
+    "passes",
+    [
+        None, "tokenselect{budget=12 sinks=2 recents=4}", "quest{budget=16 page=4 dense=0}",
+        "quest{budget=16 page=4 dense=0 share=any slack=0.4}", "snapkv{budget=12 window=4 recents=4}",
+    ],
+)  # fmt: skip
 def test_generation_gives_the_reference_engines_tokens(passes: str | None) -> None:
     model, found = tiny_llama(), []
     with torch.no_grad():

@@ -101,6 +101,19 @@ def test_scores_of_pages(heads: int, groups: int) -> None:
         torch.testing.assert_close(SCORE_PAGES(*args), TRUTHS[SCORE_PAGES](*args), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "heads", "groups"), BOTH)
+def test_scores_of_pages_for_any_head_of_a_group(heads: int, groups: int, dtype: torch.dtype) -> None:
+    for keys, scale, masked in itertools.product((3, 70, 1100), (None, 2.0), (False, True)):
+        q, k, _ = drawn(heads, groups, keys, dtype=dtype)
+        visible = hidden(2, keys)[:, :, 0] if masked else None
+        low, high = page_bounds(k, 4, visible)
+        more = ("any", None, visible_pages(visible, 4) if visible is not None else None, scale)
+        found, wanted = SCORE_PAGES(q, low, high, *more), TRUTHS[SCORE_PAGES](q.float(), low.float(), high.float(), *more)
+        assert found.shape == wanted.shape == (2, groups, low.shape[2])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert (found.exp().sum(2) >= 1 - 1e-3).all()  # the heads' shares of each sum to one
+
+
 def test_the_best_are_those_of_the_truth_with_ties_pads_sinks_and_recents() -> None:
     generator = torch.Generator().manual_seed(0)
     for keys, budget, choices in itertools.product((1, 9, 200), (1, 7, 500), (1, 3)):
@@ -149,9 +162,10 @@ def test_rows_of_the_batch_that_need_no_scores_get_none(heads: int, groups: int)
     q, k, _ = drawn(heads, groups, 70)
     k[1, :, 5] = torch.nan  # which has no say where its row is skipped
     low, high = page_bounds(k, 4)
-    for skip, share in itertools.product(([False, True], [True, True]), ("head", "layer")):
+    for skip, share in itertools.product(([False, True], [True, True]), ("head", "layer", "any")):
         flags = torch.tensor([[s, not s] for s in skip])[:, 0]  # which lie apart
-        for op, args in ((SCORE_KEYS, (q, k, None, "vote", share, None, flags)), (SCORE_PAGES, (q, low, high, share, flags))):
+        by_keys = [] if share == "any" else [(SCORE_KEYS, (q, k, None, "vote", share, None, flags))]
+        for op, args in (*by_keys, (SCORE_PAGES, (q, low, high, share, flags))):
             found = op(*args)
             torch.testing.assert_close(found, TRUTHS[op](*args), rtol=1e-4, atol=1e-5)
             assert not found[flags].any() and found[~flags].isfinite().all()

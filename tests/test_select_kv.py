@@ -24,10 +24,11 @@ import dyncc
 from dyncc.decoding import Decode, Prefill
 from dyncc.errors import BadOptionValue
 from dyncc.ir import op_name, shape
-from dyncc.kernels.select_keys import attend_selected, key_scores, page_bounds, page_scores, select_keys
+from dyncc.kernels.select_keys import attend_selected, key_scores, near_bounds, page_bounds, page_means, page_scores, select_keys
 from dyncc.kv_pages import PageBounds
 from dyncc.options import Layers
 from dyncc.passes.select_kv import SelectKV
+from dyncc.pipeline import build
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -145,22 +146,28 @@ class MaskedForm:
 
 
     def choose_pages(self, q: Tensor, k: Tensor, seen: Tensor) -> np.ndarray:
-        """Each head's pages, by loops."""
+        """Each head's pages, or those that matter most to any head of a group, by loops."""
         page, keys = self.passed.page, k.shape[2]
         starts = range(0, keys, page)
         sinks = len([s for s in starts if s < self.passed.sinks])
         recents = (self.passed.recents + page - 2) // page + 1 if self.passed.recents else 0
         chosen = np.zeros((*q.shape[:2], keys), dtype=bool)
-        for row, head in np.ndindex(*q.shape[:2]):
+        for row in range(q.shape[0]):
             visible = seen[row, 0, 0].numpy()
-            score = np.zeros(len(starts))
-            for number, start in enumerate(starts):
+            shown = np.array([visible[s : s + page].any() for s in starts])
+            score = np.zeros((q.shape[1], len(starts)))
+            for head, (number, start) in itertools.product(range(q.shape[1]), enumerate(starts)):
                 real = [j for j in range(start, min(start + page, keys)) if visible[j]]
                 held, one = k[row, head, real].numpy(), q[row, head, 0].numpy()
-                score[number] = np.maximum(one * held.min(0), one * held.max(0)).sum() if real else 0.0
-            shown = np.array([visible[s : s + page].any() for s in starts])
-            for number in reference(score, shown, self.passed.budget // page, sinks, recents):
-                chosen[row, head, number * page : (number + 1) * page] = True
+                bound, mean = (np.maximum(one * held.min(0), one * held.max(0)).sum(), one @ held.mean(0)) if real else (0.0, 0.0)
+                score[head, number] = self.passed.slack * bound + (1 - self.passed.slack) * mean
+            if self.passed.share == "any":
+                weights = np.exp(score * q.shape[3] ** -0.5) * shown
+                shares = (weights / weights.sum(1, keepdims=True)).reshape(GROUPS, -1, len(starts)).max(1)
+                score = shares.repeat(q.shape[1] // GROUPS, 0)
+            for head in range(q.shape[1]):
+                for number in reference(score[head], shown, self.passed.budget // page, sinks, recents):
+                    chosen[row, head, number * page : (number + 1) * page] = True
         return chosen
 
 
@@ -181,6 +188,34 @@ def close(a: Any, b: Any) -> None:
 
 
 PAGES = [(1, 2, 2), (4, 0, 1), (4, 3, 6)]
+ANY = "budget=12 score=bound share=any page=4 slack=0.4 sinks=1 recents=1"
+"""Pages that matter to any head of a group."""
+
+
+@pytest.mark.parametrize(("recents", "lengths"), [(1, (24,)), *(pytest.param(r, (24, 41, 9), marks=pytest.mark.full) for r in (0, 1, 5))])
+def test_pages_for_any_head_equal_their_masked_form(recents: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pads stand in front, and the last page is ragged for some lengths."""
+    text = f"select-kv{{{ANY.replace('recents=1', f'recents={recents}')}}}"
+    made, passed = optimized(step(24), text, STEP_SIZES if len(lengths) > 1 else None), build(text)[0]
+    rewrite = made.report.rewrites[0]
+    assert rewrite.applied and (rewrite.found, rewrite.expected) == (LAYERS, LAYERS), rewrite.reason
+    choices = [shape(n.args[4]) for n in made._outcome.program.graph.nodes if op_name(n) == "attend_row"]
+    assert [c[:2] for c in choices] == [(2, GROUPS)] * LAYERS
+    for keys in lengths:
+        call = step(keys)
+        close(made(*call), masked_form(passed, Decode(decoder()), call, monkeypatch))
+    assert (made(*step(24))[0] - Decode(decoder())(*step(24))[0]).abs().max() > 1e-3  # it does leave keys out
+
+
+@pytest.mark.parametrize("slack", [0.3, 1.0])
+def test_a_group_takes_the_pages_that_matter_most_to_any_of_its_heads(slack: float) -> None:
+    """One head's products are a hundred times the other's: by their mean it would choose alone."""
+    q, k = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 32, 8)
+    q[0, 0, 0, 0], q[0, 1, 0, 1] = 100.0, 1.0
+    k[0, 0, 4:8, 0], k[0, 0, 12:16, 0], k[0, 0, 20:24, 1] = 1.0, 0.9, 30.0
+    bounds = near_bounds(k, 4, slack)
+    assert select_keys(page_scores(q, *bounds, "any"), 2).tolist() == [[[1, 5]]]
+    assert select_keys(page_scores(q, *bounds, "group"), 2).tolist() == [[[1, 3]]]
 
 
 @pytest.mark.full
@@ -210,12 +245,14 @@ def test_bounds_of_pages_bound_and_are_kept_up_to_date(keys: int, page: int, see
         torch.testing.assert_close(score, logits)
     mixed = torch.cat([part[:, :, torch.randperm(part.shape[2], generator=generator)] for part in k.split(page, 2)], 2)
     assert all(torch.equal(a, b) for a, b in zip(page_bounds(mixed, page), (low, high), strict=True))
-    kept, start = PageBounds(page), max(1, keys // 2)
-    kept.append(k[:, :, :start], start, start + 3)
-    for end in range(start + 1, keys + 1):
-        found = kept.append(k[:, :, :end], 1, end + 3)
-    if keys > start:
-        assert torch.equal(found[0], low) and torch.equal(found[1], high)
+    means = page_means(k, page)[:, :, :-1]
+    for slack, wanted in ((1.0, (low, high)), (0.25, [means + 0.25 * (side - means) for side in (low, high)])):
+        kept, start = PageBounds(page, slack), max(1, keys // 2)
+        found = kept.append(k[:, :, :start], start, start + 3)
+        for end in range(start + 1, keys + 1):
+            found = kept.append(k[:, :, :end], 1, end + 3)
+        for side, told in zip(found, wanted, strict=True):
+            torch.testing.assert_close(side, told, rtol=0.0 if slack == 1.0 else 1e-4, atol=0.0 if slack == 1.0 else 1e-5)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -254,10 +291,13 @@ def test_a_choice_that_is_reused_and_layers_that_see_all(monkeypatch: pytest.Mon
         close(made(*call), masked_form(passed, Decode(decoder()), call, monkeypatch))
 
 
-def test_a_budget_of_all_keys_is_the_dense_model_at_any_length() -> None:
-    made = optimized(step(40), "select-kv{budget=36 sinks=2 recents=2}", STEP_SIZES)
+@pytest.mark.parametrize(
+    ("options", "least"), [("budget=36 sinks=2 recents=2", 2), pytest.param(ANY.replace("=12", "=36"), 4, marks=pytest.mark.full)]
+)
+def test_a_budget_of_all_keys_is_the_dense_model_at_any_length(options: str, least: int) -> None:
+    made = optimized(step(40), f"select-kv{{{options}}}", STEP_SIZES)
     assert made.report.rewrites[0].applied
-    for keys in (2, 9, 35):
+    for keys in (least, 9, 35):
         call = step(keys)
         close(made(*call), Decode(decoder())(*call))
     call = step(60, batch=3)
@@ -265,11 +305,13 @@ def test_a_budget_of_all_keys_is_the_dense_model_at_any_length() -> None:
     assert [tuple(t.shape) for t in made(*call)[1:]] == [(3, GROUPS, 61, WIDTH)] * (2 * LAYERS)
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_batch_and_padding_do_not_change_a_row(share: str) -> None:
+@pytest.mark.parametrize(
+    "options", [*(f"budget=8 share={share} sinks=2 recents=2" for share in SHARES), pytest.param(ANY, marks=pytest.mark.full)]
+)
+def test_batch_and_padding_do_not_change_a_row(options: str) -> None:
     """Row 0 has three pads: neither what stands in them nor the other row nor the order of rows has a say."""
     ids, mask, *past = step(24)
-    passes = f"select-kv{{budget=8 share={share} sinks=2 recents=2}}"
+    passes = f"select-kv{{{options}}}"
     call = (ids, mask, *past)
     both = optimized(call, passes)(*call)[0]
     order = [1, 0]
@@ -321,6 +363,10 @@ def test_refusals_say_why() -> None:
         ("sinks=-1", "0 is the least"),
         ("budget=10 recents=9 sinks=4", "must hold the 4 sinks and 9 recents"),
         ("score=bound budget=40 page=16 sinks=4 recents=17", "must hold the 1 first and 2 last pages of 16 keys"),
+        ("score=bound slack=0", "without any it is score=mean"),
+        ("score=mean slack=0.5", "it draws the bounds of pages towards their mean: score=bound"),
+        ("score=vote share=any", "any compares what whole pages are to each head"),
+        ("score=bound share=any beam=64", "score=bound, without beam="),
     ],
 )
 def test_options_that_do_not_fit_are_told(text: str, words: str) -> None:
@@ -348,8 +394,9 @@ def test_generation_with_a_cache_that_appends_in_place(budget: int) -> None:
 
 
 @pytest.mark.full
-def test_it_exports_to_onnx_with_past(tmp_path: Path) -> None:
-    made = optimized(step(40), "select-kv{budget=12 sinks=2 recents=2} drop-repeat-kv", STEP_SIZES)
+@pytest.mark.parametrize("options", ["budget=12 sinks=2 recents=2", ANY])
+def test_it_exports_to_onnx_with_past(options: str, tmp_path: Path) -> None:
+    made = optimized(step(40), f"select-kv{{{options}}} drop-repeat-kv", STEP_SIZES)
     assert made.report.rewrites[0].applied
     written = made.export_onnx(tmp_path / "step.onnx")
     assert len({row.sizes for row in written.parity}) == 3 and all(row.holds for row in written.parity)
@@ -370,9 +417,10 @@ def test_recipes_are_settings_of_the_pass(recipe: str, plain: str) -> None:
 
 
 @pytest.mark.full
-def test_the_inductor_engine_agrees() -> None:
+@pytest.mark.parametrize("options", ["budget=8 sinks=1 recents=1", ANY])
+def test_the_inductor_engine_agrees(options: str) -> None:
     call = step(24)
-    text = "select-kv{budget=8 sinks=1 recents=1}"
+    text = f"select-kv{{{options}}}"
     made = dyncc.optimize(Decode(decoder()), call, passes=text, evidence="numeric")
     assert made.report.rewrites[0].applied
     close(made(*call), optimized(call, text)(*call))

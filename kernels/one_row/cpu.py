@@ -75,13 +75,20 @@ def score_keys(
     return out
 
 
-def score_pages(q: Tensor, low: Tensor, high: Tensor, choices: int, skip: Tensor | None = None) -> Tensor:
-    """[B, choices, pages] float32 from bounds [B, G, pages, D]; 0 where `skip` [B]."""
+def score_pages(
+    q: Tensor, low: Tensor, high: Tensor, choices: int, skip: Tensor | None = None, any_head: bool = False, shown: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """[B, choices, pages] float32 from bounds [B, G, pages, D]; 0 where `skip` [B]. With `any_head`, choices is G: over pages `shown`."""
     q, low, high = q.contiguous(), _dense(low), _dense(high)
     skip = None if skip is None else skip.contiguous()
+    seen, step = _visible(shown, q.shape[0])
     out = torch.empty((q.shape[0], choices, low.shape[2]))
     kernel = _kernel("score_pages", q.dtype, q.shape[3], q.shape[3], rows_together(q.shape[1], low.shape[1]))
-    kernel(_at(q), _at(low), _at(high), _at(out), _sizes(q, low), _steps(low), _steps(high), _n(choices), _at(skip))
+    kernel(
+        _at(q), _at(low), _at(high), _at(out), _sizes(q, low), _steps(low), _steps(high), _n(choices), _at(skip), _n(int(any_head)),
+        _at(seen), _n(step), ctypes.c_float(q.shape[3] ** -0.5 if scale is None else scale),
+    )  # fmt: skip
     return out
 
 

@@ -282,31 +282,49 @@ void bound_part(const float* q, const T* low, const T* high, int64_t step_low, i
   }
 }
 
+// x = log softmax(scale x) over the pages that are shown, -inf for the others; up to `room`, a multiple of LANES, x may be written to.
+void log_shares(float* x, const uint8_t* shown, int64_t pages, int64_t room, float scale) {
+  float most = LOWEST;
+  vec total{};
+  for (int64_t p = 0; p < room; ++p) x[p] = p < pages && (!shown || shown[p]) ? x[p] * scale : -INFINITY;
+  for (int64_t p = 0; p < pages; ++p) most = std::max(most, x[p]);
+  for (int64_t p = 0; p < room; p += LANES) total += exp_negative(load(x + p) - most);
+  const float mass = most + std::log(sum(total));
+  for (int64_t p = 0; p < pages; ++p) x[p] -= mass;
+}
+
 // out [B, choices, pages]: the mean over each choice's heads of the largest q.k that a page's bounds allow; infinite bounds count as 0.
-// Rows of the batch that skip [B] names are 0.
+// With `any` it is the largest of the heads' log softmax of that over pages. Rows of the batch that skip [B] names are 0.
 extern "C" void score_pages(const T* q, const T* low, const T* high, float* out, const Sizes* sizes, const Steps* of_low, const Steps* of_high,
-                            int64_t choices, const uint8_t* skip) {
+                            int64_t choices, const uint8_t* skip, int64_t any, const uint8_t* shown, int64_t shown_step, float scale) {
   const int64_t batch = sizes->batch, heads = sizes->heads, groups = sizes->groups, pages = sizes->keys;
   const int64_t units = heads / ROWS, share = heads / choices, chunk = BLOCK, chunks = (pages + chunk - 1) / chunk;
   const int64_t threads = worth(2 * batch * groups * pages * WIDTH * sizeof(T), sizes->threads);
-  std::vector<float> kept(share == 1 ? 0 : batch * heads * pages);
-  float* const each = share == 1 ? out : kept.data();
+  const int64_t room = any ? (pages + LANES - 1) / LANES * LANES : pages;
+  const bool alone = share == 1 && !any;
+  std::vector<float> kept(alone ? 0 : batch * heads * room);
+  float* const each = alone ? out : kept.data();
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (int64_t unit = 0; unit < batch * units; ++unit)
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t b = unit / units, head = unit % units * ROWS, group = head / (heads / groups), end = std::min(pages, (c + 1) * chunk);
-      float rows[ROWS * WIDTH], *to = each + (b * heads + head) * pages;
+      float rows[ROWS * WIDTH], *to = each + (b * heads + head) * room;
       for (int r = 0; r < ROWS; ++r) {
         to_float(q + (b * heads + head + r) * WIDTH, 1.0f, rows + r * WIDTH, WIDTH);
-        if (skip && skip[b]) std::fill(to + r * pages + c * chunk, to + r * pages + end, 0.0f);
+        if (skip && skip[b]) std::fill(to + r * room + c * chunk, to + r * room + end, 0.0f);
       }
       if (!skip || !skip[b])
         bound_part(rows, low + b * of_low->batch + group * of_low->head, high + b * of_high->batch + group * of_high->head, of_low->row,
-                   of_high->row, c * chunk, end, to, pages);
+                   of_high->row, c * chunk, end, to, room);
     }
-  if (share == 1) return;
-  for (int64_t row = 0; row < batch * heads; ++row)
-    for (int64_t p = 0; p < pages; ++p) out[row / share * pages + p] = (row % share ? out[row / share * pages + p] : 0.0f) + each[row * pages + p] / share;
+  if (alone) return;
+  for (int64_t row = 0; row < batch * heads; ++row) {
+    const float* from = each + row * room;
+    float* const to = out + row / share * pages;
+    const bool first = row % share == 0;
+    if (any && !(skip && skip[row / heads])) log_shares(each + row * room, shown ? shown + row / heads * shown_step : nullptr, pages, room, scale);
+    for (int64_t p = 0; p < pages; ++p) to[p] = any ? (first ? from[p] : std::max(to[p], from[p])) : (first ? 0.0f : to[p]) + from[p] / share;
+  }
 }
 
 // Scores as integers of the same order; the first `sinks` and the last `recents` of the visible keys above, hidden ones below all others.

@@ -21,7 +21,9 @@ _library.define(
     "attend_row(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? index, int page, float? scale, bool ragged=False) -> Tensor"
 )
 _library.define("score_keys(Tensor q, Tensor k, Tensor? visible, str score, str share, float? scale, Tensor? skip=None) -> Tensor")
-_library.define("score_pages(Tensor q, Tensor low, Tensor high, str share, Tensor? skip=None) -> Tensor")
+_library.define(
+    "score_pages(Tensor q, Tensor low, Tensor high, str share, Tensor? skip=None, Tensor? shown=None, float? scale=None) -> Tensor"
+)
 _library.define("select_best(Tensor score, int budget, Tensor? visible, int sinks, int recents, bool enough=False) -> Tensor")
 
 
@@ -54,9 +56,11 @@ def score_keys(
     return _skipped(truth.key_scores(q, k, None if visible is None else visible.unsqueeze(2), score, share, scale), skip)
 
 
-def score_pages(q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None) -> Tensor:
+def score_pages(
+    q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None, shown: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """Upper bounds [B, C, pages] of q.k, as `page_scores` has them; `skip` as in `score_keys`."""
-    return _skipped(page_scores(q, low, high, share), skip)
+    return _skipped(page_scores(q, low, high, share, shown, scale), skip)
 
 
 def _skipped(score: Tensor, skip: Tensor | None) -> Tensor:
@@ -69,7 +73,7 @@ def select_best(score: Tensor, budget: int, visible: Tensor | None, sinks: int, 
 
 
 def _choices(share: str, heads: int, groups: int) -> int:
-    return {"head": heads, "group": groups, "layer": 1}[share]
+    return {"head": heads, "group": groups, "any": groups, "layer": 1}[share]
 
 
 def _attend_on_cpu(
@@ -88,10 +92,12 @@ def _score_on_cpu(
     return cpu.score_keys(q, k, visible, score == "vote", _choices(share, q.shape[1], k.shape[1]), scale, skip)
 
 
-def _pages_on_cpu(q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None) -> Tensor:
+def _pages_on_cpu(
+    q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None, shown: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     if not cpu.takes(q, low, high):
-        return score_pages(q, low, high, share, skip)
-    return cpu.score_pages(q, low, high, _choices(share, q.shape[1], low.shape[1]), skip)
+        return score_pages(q, low, high, share, skip, shown, scale)
+    return cpu.score_pages(q, low, high, _choices(share, q.shape[1], low.shape[1]), skip, share == "any", shown, scale)
 
 
 def _select_on_cpu(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int, enough: bool = False) -> Tensor:
@@ -126,7 +132,7 @@ def _fake_scores(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share
 
 
 @torch.library.register_fake("dyncc::score_pages")
-def _fake_pages(q: Tensor, low: Tensor, high: Tensor, share: str, skip: Tensor | None = None) -> Tensor:
+def _fake_pages(q: Tensor, low: Tensor, high: Tensor, share: str, *rest: Any) -> Tensor:
     return q.new_empty((q.shape[0], _choices(share, q.shape[1], low.shape[1]), low.shape[2]), dtype=torch.float32)
 
 

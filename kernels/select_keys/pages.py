@@ -1,5 +1,10 @@
 """Pages of keys: what stands for each (bounds, Quest, Tang et al. 2024; the mean; one key), scores of pages for one query row, and the keys
-of chosen pages."""
+of chosen pages.
+
+A bound says what one key of a page could be at most, far above what keys are: heads that choose together are misled by it. `near_bounds`
+lie between the mean and the bound, and read as many rows; `share="any"` compares what pages are to each head, not products of heads of
+unlike size. Both are ours.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +30,18 @@ def page_bounds(k: Tensor, page: int, visible: Tensor | None = None) -> tuple[Te
         low, high = torch.where(shown, k, torch.inf), torch.where(shown, k, -torch.inf)
     paged = (side.index_select(2, at).view(batch, groups, pages, page, width) for side in (low, high))
     return next(paged).amin(3), next(paged).amax(3)
+
+
+def near_bounds(k: Tensor, page: int, slack: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Bounds of pages [B, G, ceil(N / page), D] twice, drawn towards the mean: mean + slack (bound - mean). Arguments as in `page_bounds`.
+
+    What `page_scores` makes of them is slack times the bound of q.k and 1 - slack times its mean. Pages of hidden keys keep +inf and -inf.
+    """
+    low, high = page_bounds(k, page, visible)
+    if slack == 1.0:
+        return low, high
+    mean = page_means(k, page, visible)[:, :, :-1]
+    return tuple((mean + slack * (side.float() - mean)).to(k.dtype) for side in (low, high))  # type: ignore[return-value]
 
 
 def _places(keys: Any, page: int, device: torch.device, spare: int = 0) -> tuple[Tensor, Any]:
@@ -59,18 +76,28 @@ def page_middles(x: Tensor, page: int) -> Tensor:
     return x.index_select(2, (torch.arange(pages, device=x.device) * page + page // 2).clamp(max=keys - 1))
 
 
-def page_scores(q: Tensor, low: Tensor, high: Tensor, share: str) -> Tensor:
+def page_scores(
+    q: Tensor, low: Tensor, high: Tensor, share: str, shown: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """An upper bound of q.k over each page's keys, [B, C, pages]: the sum over channels of max(q low, q high).
 
     Args:
-        q: [B, H, 1, D]; low, high: [B, G, pages, D] with H a multiple of G; share: as `key_scores` takes it.
+        q: [B, H, 1, D]; low, high: [B, G, pages, D] with H a multiple of G.
+        share: as `key_scores` takes it; "any" gives a group [B, G, pages] the largest of its heads' log softmax of `scale` times the bound
+            over the pages `shown` [B, 1, pages] bool, and -inf to the others.
+        scale: 1 / sqrt(D) where it is None.
     """
     batch, heads, _, width = q.shape
     groups, pages = low.shape[1], low.shape[2]
     rows = q.reshape(batch, groups, heads // groups, width)
     least, most = low.nan_to_num(posinf=0.0), high.nan_to_num(neginf=0.0)
     bound = rows.clamp(min=0) @ most.transpose(2, 3) + rows.clamp(max=0) @ least.transpose(2, 3)
-    return shared_scores(bound.reshape(batch, heads, pages).float(), groups, share)
+    if share != "any":
+        return shared_scores(bound.reshape(batch, heads, pages).float(), groups, share)
+    logits = bound.float() * (width**-0.5 if scale is None else scale)
+    hidden = torch.zeros(1, 1, 1, dtype=torch.bool, device=q.device) if shown is None else ~shown
+    told = torch.log_softmax(logits.masked_fill(hidden.unsqueeze(2), -torch.inf), 3).amax(2)
+    return told.masked_fill(hidden, -torch.inf)
 
 
 def visible_pages(visible: Tensor, page: int) -> Tensor:
