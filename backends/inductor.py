@@ -21,6 +21,8 @@ from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION, chunk
 from dyncc.kernels.gated_linear_attention.op import SHORT
 from dyncc.own_ops import spelled_out
 
+OPTIONS = {"cpp.min_chunk_size": 8192}
+"""Numbers of which a thread gets so many at least: for fewer, as decoding steps have, it takes longer to wake another than to go on alone."""
 LONGEST = 16384
 """Tokens up to which the chunks of gated linear attention are compiled."""
 MOST = 4096
@@ -37,7 +39,7 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
         define_sizes(safe.module.graph)
         run = compile_graph(safe.module, inputs)
     else:
-        run = StateGuard(safe, dynamic)
+        run = StateGuard(safe, dynamic, OPTIONS)
     run.notes = notes
     return run
 
@@ -67,7 +69,9 @@ COMPILED: dict[Any, tuple[Callable[..., Any], Callable[[fx.Node], bool]]] = {
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:
-    """Plain Inductor on a graph, as torch.compile would do it."""
+    """Inductor on a graph, as torch.compile would do it, with `OPTIONS`."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, inputs)
+    with config.patch(OPTIONS):
+        return compile_fx(module, inputs)

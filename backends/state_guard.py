@@ -4,7 +4,7 @@ gradients. Where that changes and their kinds do too, the graph is compiled anew
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ def kind(tensor: Tensor) -> tuple[Any, ...]:
 class StateGuard:
     """A program's flat inputs -> its flat outputs, compiled by Inductor; `builds` counts how often."""
 
-    def __init__(self, program: Program, dynamic: bool) -> None:
-        self.module, self.dynamic = program.module, dynamic
+    def __init__(self, program: Program, dynamic: bool, options: Mapping[str, Any]) -> None:
+        self.module, self.dynamic, self.options = program.module, dynamic, options
         names = [node.name for node in program.module.graph.find_nodes(op="placeholder")]
         self.places = [i for i, given in enumerate(program.inputs) if given.kind in STATE]
         self.names = {names[i] for i in self.places}
@@ -50,7 +50,7 @@ class StateGuard:
             return
         again = fx.GraphModule(self.module, self.module.graph)  # code of its own: Dynamo keeps what it compiled by code
         self.run = torch.compile(
-            again, backend="inductor", dynamic=self.dynamic, fullgraph=True, options={"guard_filter_fn": self._wanted}
+            again, backend="inductor", dynamic=self.dynamic, fullgraph=True, options={**self.options, "guard_filter_fn": self._wanted}
         )
         self.kinds, self.builds = kinds, self.builds + 1
 

@@ -47,7 +47,7 @@ def test_values_are_read_anew_and_nothing_is_compiled_again() -> None:
 def test_another_dtype_of_a_parameter_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options) or module)
-    guarded = StateGuard(from_model(Scaled().eval(), (torch.randn(2, 4),))[0], dynamic=False)
+    guarded = StateGuard(from_model(Scaled().eval(), (torch.randn(2, 4),))[0], dynamic=False, options={})
     state = [torch.randn(3, 4), torch.randn(3), torch.ones(1)]
     x = torch.randn(2, 4)
     wanted = nn.functional.linear(x, state[0], state[1]) * state[2]
