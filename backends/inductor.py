@@ -22,7 +22,7 @@ from dyncc.kernels.gated_linear_attention.op import SHORT
 from dyncc.own_ops import spelled_out
 
 OPTIONS = {"cpp.min_chunk_size": 8192}
-"""Numbers of which a thread gets so many at least: for fewer, as decoding steps have, it takes longer to wake another than to go on alone."""
+"""A thread gets so many numbers at least: for fewer, as decoding steps have, it takes longer to wake another than to go on alone."""
 LONGEST = 16384
 """Tokens up to which the chunks of gated linear attention are compiled."""
 MOST = 4096
