@@ -14,44 +14,62 @@ class PageBounds:
     """Smallest and largest value of each channel in each page of `page` keys, [B, G, pages, D] twice, with room to grow; with `slack`
     below 1 drawn towards the mean, as in `near_bounds`.
 
-    The last page's bounds change in place, so every store has bounds of its own.
+    The last page's bounds change in place, so every store has bounds of its own. What that page's keys are so far, `open`, is kept beside
+    them: a step takes note of one key, and of no size that a compiler would have to reason about.
     """
 
     def __init__(self, page: int, slack: float = 1.0) -> None:
         self.page, self.slack = page, slack
         self.low: Tensor | None = None
         self.high: Tensor | None = None
+        self.open: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, keys: Tensor, new: int, room: int) -> tuple[Tensor, Tensor]:
         """Take note of the last `new` of all keys [B, G, N, D]; `room` is how many keys their buffer holds. Returns the bounds."""
         length: Any = keys.shape[2]
         pages = (length + self.page - 1) // self.page
-        if self.low is None or self.high is None or new != 1 or pages > self.low.shape[2]:
+        last = keys[:, :, length - 1 :]
+        if self.low is None or self.high is None or self.open is None or new != 1 or pages > self.low.shape[2]:
             low, high = near_bounds(keys, self.page, self.slack)
             wide = (room + self.page - 1) // self.page
             self.low, self.high = _wide(low, wide, torch.inf), _wide(high, wide, -torch.inf)
+            begun = keys[:, :, (pages - 1) * self.page :]
+            self.open = (begun.amin(2, keepdim=True), begun.amax(2, keepdim=True), begun.float().sum(2, keepdim=True))
         elif self.slack == 1.0:
-            last = keys[:, :, length - 1 :]
             self.low[:, :, pages - 1 : pages] = torch.minimum(self.low[:, :, pages - 1 : pages], last)
             self.high[:, :, pages - 1 : pages] = torch.maximum(self.high[:, :, pages - 1 : pages], last)
         else:
-            self.low[:, :, pages - 1 : pages], self.high[:, :, pages - 1 : pages] = self._last(keys, pages)
+            self._note(last, torch.scalar_tensor((length - 1) % self.page, device=keys.device))
+            for side, kept in zip((self.low, self.high), self._drawn_in(length - (pages - 1) * self.page), strict=True):
+                side[:, :, pages - 1 : pages] = kept
         return self.low[:, :, :pages], self.high[:, :, :pages]
 
-    def _last(self, keys: Tensor, pages: Any) -> tuple[Tensor, Tensor]:
-        """The bounds of the last page, [B, G, 1, D] twice, anew from its keys: the mean moves with every key."""
-        at = (pages - 1) * self.page + torch.arange(self.page, device=keys.device)
-        real = (at < keys.shape[2]).expand(keys.shape[0], 1, self.page)
-        return near_bounds(keys.index_select(2, at.clamp(max=keys.shape[2] - 1)), self.page, self.slack, real)
+    def _note(self, last: Tensor, before: Tensor) -> None:
+        """One key [B, G, 1, D] joins the last page, which held `before` keys."""
+        assert self.open is not None
+        low, high, total = self.open
+        fresh = before == 0
+        self.open = (
+            torch.where(fresh, last, torch.minimum(low, last)),
+            torch.where(fresh, last, torch.maximum(high, last)),
+            torch.where(fresh, 0.0, total) + last.float(),
+        )
+
+    def _drawn_in(self, count: Any) -> tuple[Tensor, Tensor]:
+        """The last page's bounds [B, G, 1, D] twice, of `count` keys."""
+        assert self.open is not None
+        low, high, total = self.open
+        mean = total / count
+        return tuple((mean + self.slack * (side.float() - mean)).to(side.dtype) for side in (low, high))  # type: ignore[return-value]
 
     def forget(self) -> None:
         """Take the bounds anew from the keys at the next step: rows were dropped, or others came."""
-        self.low = self.high = None
+        self.low = self.high = self.open = None
 
     def copy(self) -> PageBounds:
         other = PageBounds(self.page, self.slack)
         if self.low is not None and self.high is not None:
-            other.low, other.high = self.low.clone(), self.high.clone()
+            other.low, other.high, other.open = self.low.clone(), self.high.clone(), self.open
         return other
 
 
