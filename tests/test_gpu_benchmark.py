@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dyncc.kernels.generator.kinds import JoinParts, LinearChunk, Rows
+from dyncc.kernels.generator.kinds import JoinParts, Rows
 from dyncc.kernels.generator.samples import sample, tensor_pairs
 
 
@@ -81,14 +81,3 @@ def test_models_for_a_gpu_are_rewritten(gpu_models: Any, name: str) -> None:
         row = gpu_models.measured(name, 2, "cpu", 1)
     assert any("fuse-attention" in x or "prune-tokens" in x for x in row["applied"])
     assert row["error"] < 3e-2 or not gpu_models.CASES[name](2, "cpu").exact
-
-
-def test_the_way_of_the_op_computes_what_the_kernel_computes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = LinearChunk(16, dtype="float32")
-    monkeypatch.setattr(LinearChunk, "run", LinearChunk.truth)
-    given, more = sample(spec, batch=1, heads=2, rows=300)
-    ways = gpu.op_ways(spec, given, more)
-    assert list(ways) == ["op", "op, 4 warps"] and gpu.op_ways(Rows(64, epilogues=("norm",)), given, more) == {}
-    for way in ways.values():
-        for one, other in tensor_pairs(way(), spec.truth(*given, **more)):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -24,7 +24,7 @@ STAGES = (
     ("kernels", ("kernels",)),
     ("capture", ("ir", "capture", "canonical", "exported", "own_ops", "serialised", "pass_tensors")),
     ("analysis", ("analysis", "flops")),
-    ("rewrite", ("rewrite", "refusal", "row_plan", "take_rows", "restrict", "region", "branch", "masked", "passes", "pipeline",
+    ("rewrite", ("rewrite", "refusal", "undo", "row_plan", "take_rows", "restrict", "region", "branch", "masked", "passes", "pipeline",
                  "catalogue")),
     ("backends", ("backends",)),
 )
