@@ -59,25 +59,3 @@ def test_rivals_compute_what_the_kernels_compute(gpu: Any) -> None:
             compared.add((spec.entry, name))
     assert {name for kind, name in compared if kind == "attend"} == {"compiled eager", "FlexAttention", "SDPA"}
     assert {kind for kind, _ in compared} == {spec.entry for spec, _ in gpu.TIMED}
-
-
-@pytest.fixture
-def gpu_models(gpu: Any) -> Any:
-    import gpu_models
-
-    return gpu_models
-
-
-def test_without_a_gpu_models_are_not_timed(gpu_models: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_models.main([]) == 2
-    assert capsys.readouterr().err == gpu_models.NO_GPU + "\n"
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["soft cap", "prompt", "encoder", "vision"])
-def test_models_for_a_gpu_are_rewritten(gpu_models: Any, name: str) -> None:
-    with torch.no_grad():
-        row = gpu_models.measured(name, 2, "cpu", 1)
-    assert any("fuse-attention" in x or "prune-tokens" in x for x in row["applied"])
-    assert row["error"] < 3e-2 or not gpu_models.CASES[name](2, "cpu").exact
