@@ -21,7 +21,7 @@ from dyncc.kernels.gated_linear_attention import GATED_LINEAR_ATTENTION, chunk
 from dyncc.kernels.gated_linear_attention.op import SHORT
 from dyncc.own_ops import spelled_out
 
-OPTIONS = {"cpp.min_chunk_size": 8192}
+LEAST = 8192
 """A thread gets so many numbers at least: for fewer, as decoding steps have, it takes longer to wake another than to go on alone."""
 LONGEST = 16384
 """Tokens up to which the chunks of gated linear attention are compiled."""
@@ -39,7 +39,7 @@ def lower(program: Program, inputs: list[Any], *, dynamic: bool = False) -> Any:
         define_sizes(safe.module.graph)
         run = compile_graph(safe.module, inputs)
     else:
-        run = StateGuard(safe, dynamic, OPTIONS)
+        run = StateGuard(safe, dynamic, options())
     run.notes = notes
     return run
 
@@ -68,10 +68,17 @@ COMPILED: dict[Any, tuple[Callable[..., Any], Callable[[fx.Node], bool]]] = {
 """Ops that Inductor gets in ATen, each in the form that it compiles best, and where that pays; where it does not for all, they stay."""
 
 
+def options() -> dict[str, Any]:
+    """What Inductor is told beside its own settings; more numbers a thread than `LEAST` stay what the user set."""
+    from torch._inductor import config
+
+    return {"cpp.min_chunk_size": max(config.cpp.min_chunk_size, LEAST)}
+
+
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:
-    """Inductor on a graph, as torch.compile would do it, with `OPTIONS`."""
+    """Inductor on a graph, as torch.compile would do it, with `options`."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    with config.patch(OPTIONS):
+    with config.patch(options()):
         return compile_fx(module, inputs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncc.kernels.select_keys import near_bounds, page_means
+from dyncc.kernels.select_keys import drawn_in, near_bounds, page_means
 
 
 class PageBounds:
@@ -39,28 +39,12 @@ class PageBounds:
             self.low[:, :, pages - 1 : pages] = torch.minimum(self.low[:, :, pages - 1 : pages], last)
             self.high[:, :, pages - 1 : pages] = torch.maximum(self.high[:, :, pages - 1 : pages], last)
         else:
-            self._note(last, torch.scalar_tensor((length - 1) % self.page, device=keys.device))
-            for side, kept in zip((self.low, self.high), self._drawn_in(length - (pages - 1) * self.page), strict=True):
+            self.open = _noted(self.open, last, torch.scalar_tensor((length - 1) % self.page, device=keys.device))
+            low, high, total = self.open
+            near = drawn_in(low, high, total / (length - (pages - 1) * self.page), self.slack)
+            for side, kept in zip((self.low, self.high), near, strict=True):
                 side[:, :, pages - 1 : pages] = kept
         return self.low[:, :, :pages], self.high[:, :, :pages]
-
-    def _note(self, last: Tensor, before: Tensor) -> None:
-        """One key [B, G, 1, D] joins the last page, which held `before` keys."""
-        assert self.open is not None
-        low, high, total = self.open
-        fresh = before == 0
-        self.open = (
-            torch.where(fresh, last, torch.minimum(low, last)),
-            torch.where(fresh, last, torch.maximum(high, last)),
-            torch.where(fresh, 0.0, total) + last.float(),
-        )
-
-    def _drawn_in(self, count: Any) -> tuple[Tensor, Tensor]:
-        """The last page's bounds [B, G, 1, D] twice, of `count` keys."""
-        assert self.open is not None
-        low, high, total = self.open
-        mean = total / count
-        return tuple((mean + self.slack * (side.float() - mean)).to(side.dtype) for side in (low, high))  # type: ignore[return-value]
 
     def forget(self) -> None:
         """Take the bounds anew from the keys at the next step: rows were dropped, or others came."""
@@ -106,6 +90,14 @@ def pages_for(select: Any) -> PageBounds | PageMeans | None:
     if select is not None and select.score == "bound":
         return PageBounds(select.page, select.slack)
     return PageMeans(select.page) if select is not None and select.score == "mean" else None
+
+
+def _noted(open_page: tuple[Tensor, Tensor, Tensor], last: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest, largest and sum of a page's keys [B, G, 1, D] with one more, `last`; it held `before` keys: none where it begins."""
+    low, high, total = open_page
+    fresh = before == 0
+    first = torch.where(fresh, 0.0, total)
+    return torch.where(fresh, last, torch.minimum(low, last)), torch.where(fresh, last, torch.maximum(high, last)), first + last.float()
 
 
 def _wide(x: Tensor, pages: Any, fill: float) -> Tensor:

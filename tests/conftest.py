@@ -41,6 +41,12 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts of benchmarks/ can be imported in a test."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+
+
+@pytest.fixture
 def no_grad() -> Iterator[None]:
     """Gradients are off in a test."""
     import torch

@@ -374,8 +374,7 @@ REFUSED = [
     ({"width": 64, "rule": "delta", "decay": "head", "epilogues": ("norm",)}, "holds 32 of values: end with the kind `rows` instead"),
     ({"width": 128, "columns": 64}, "beside 128 channels of keys a program holds 32 of values"),
     ({"width": 64, "rows": 32}, "a chunk of these channels has at most 16 tokens"),
-    ({"width": 64, "warps": 4, "epilogues": ("norm",)}, "a program of chunks has 8 warps, or 0; 4 by the rule add"),
-    ({"width": 256, "warps": 4}, "a program of chunks has 8 warps, or 0; 4 by the rule add"),
+    ({"width": 64, "warps": 4}, "a program of chunks has 8 warps"),
     ({"width": 64, "stages": 2}, "a program of chunks loads none ahead"),
 ]
 
@@ -395,13 +394,8 @@ LARGEST = [
     )
     for width, wide in sizes
     for decay in ("head", "none" if rule == "delta" else "channel")
-] + [
-    LinearChunk(width, wide, decay, True, dtype=dtype, warps=4)
-    for dtype, sizes in (("float32", ((64, 16), (32, 32), (16, 64))), ("bfloat16", ((128, 32), (64, 64), (16, 256))))
-    for width, wide in sizes
-    for decay in ("head", "channel")
 ]  # fmt: skip
-"""The most that chunks take of each type and rule: a state in front, and an ending that reads whole rows; and those of few warps."""
+"""The most that chunks take of each type and rule: a state in front, and an ending that reads whole rows."""
 
 
 @linux

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 
 
 @pytest.fixture
-def gpu_models(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+def gpu_models(benchmarks: None) -> Any:
     import gpu_models
 
     return gpu_models

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import make_mixer_table
@@ -22,8 +21,7 @@ ROWS = {
 
 
 @pytest.fixture
-def mixers(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+def mixers(benchmarks: None) -> Any:
     import mixers
 
     return mixers

@@ -40,8 +40,8 @@ def tuned(asked: Iterable[tuple[KernelSpec, str]] | None = None) -> list[Tuned]:
     """
     from dyncc.kernels.generator.tune import tune
 
-    specs = STANDARD if asked is None else (spec for spec, _ in asked)
-    return [tune(spec) for spec in dict.fromkeys(spec.alike() for spec in specs)]
+    specs = STANDARD if asked is None else tuple(spec for spec, _ in asked)
+    return [tune(spec) for spec in {spec.alike(): spec.formless() for spec in specs}.values()]
 
 
 def _row(spec: KernelSpec, where: str, folder: Path | None, asked: list[str]) -> dict[str, Any]:

@@ -40,8 +40,12 @@ def near_bounds(k: Tensor, page: int, slack: float, visible: Tensor | None = Non
     low, high = page_bounds(k, page, visible)
     if slack == 1.0:
         return low, high
-    mean = page_means(k, page, visible)[:, :, :-1]
-    return tuple((mean + slack * (side.float() - mean)).to(k.dtype) for side in (low, high))  # type: ignore[return-value]
+    return drawn_in(low, high, page_means(k, page, visible)[:, :, :-1], slack)
+
+
+def drawn_in(low: Tensor, high: Tensor, mean: Tensor, slack: float) -> tuple[Tensor, Tensor]:
+    """Bounds between which `slack` of their distance from the mean is left, in their own type."""
+    return tuple((mean + slack * (side.float() - mean)).to(side.dtype) for side in (low, high))  # type: ignore[return-value]
 
 
 def _places(keys: Any, page: int, device: torch.device, spare: int = 0) -> tuple[Tensor, Any]:

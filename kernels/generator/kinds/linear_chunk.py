@@ -28,7 +28,6 @@ from dyncc.kernels.generator.spec import check, power
 
 TOKENS = 4096
 """What figures are told for: one sequence of so many tokens and 32 heads."""
-FEWER = "by the rule add, up to 128 channels of keys, with no epilogue and no tile given"
 OTHER = "give bfloat16 or float16, the rule add, or the kind linear_step"
 
 
@@ -74,8 +73,7 @@ class LinearChunk(HeadKernel):
         check(not apart, "columns", self.columns, f"{names} read whole rows; give 0")
         check(self.rows <= self.longest, "rows", self.rows, f"a chunk of these channels has at most {self.longest} tokens")
         check(self.stages < 2, "stages", self.stages, "a program of chunks loads none ahead; give 0")
-        few = self.rule == "add" and keys <= 128 and not self.epilogues and not self.rows and not self.columns
-        check(self.warps in ((0, 4, 8) if few else (0, 8)), "warps", self.warps, "a program of chunks has 8 warps, or 0; 4 " + FEWER)
+        check(self.warps in (0, 8), "warps", self.warps, "a program of chunks has 8 warps, or 0")
 
     @property
     def room(self) -> int:
@@ -104,13 +102,8 @@ class LinearChunk(HeadKernel):
         return self.rows or (self.longest if self.decay != "channel" and self.rule == "add" else 16)
 
     @property
-    def programs(self) -> int:
-        """Of one head."""
-        return -(-self.value_width // self.lanes[1])
-
-    @property
     def team(self) -> int:
-        return self.warps or 8
+        return 8
 
     @property
     def depth(self) -> int:
@@ -172,7 +165,8 @@ class LinearChunk(HeadKernel):
 
     def run(self, *given: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
         """Results [B, H, T, wide] and the state [B, H, width, wide] behind the last token, of what `linear_step` takes."""
-        return run_recurrent(self, (given[0].shape[0] * given[0].shape[1], self.programs), given, more)
+        columns = -(-self.value_width // self.lanes[1])
+        return run_recurrent(self, (given[0].shape[0] * given[0].shape[1], columns), given, more)
 
     def truth(self, *given: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
         return recurrent_truth(self, given, more)
