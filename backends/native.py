@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dyncc.backends import native_attention, native_linears
+from dyncc.backends import native_attention, native_linears, native_pages
 from dyncc.ir import Program
 from dyncc.kernels.native import problem
 from dyncc.kernels.one_row import TRUTHS
@@ -29,12 +29,15 @@ def with_native_kernels(program: Program) -> tuple[Program, list[str]]:
         return spelled_out(program), [problem()]
     found = [n for n in attentions if native_attention.pays(n)]
     groups = [(group, threads) for group in linears if (threads := native_linears.threads(group)) is not None]
-    if not found and not groups:
+    paged = native_pages.sites(program) if ours and not program.needs_grad else []
+    if not found and not groups and not paged:
         return program, []
     lowered = program.copy()
     twin = dict(zip(program.graph.nodes, lowered.graph.nodes, strict=True))
     for node in found:
         native_attention.replace(twin[node])
+    for node in paged:
+        native_pages.replace(twin[node])
     for group, threads in groups:
         native_linears.replace([twin[n] for n in group], threads)
     lowered.graph.lint()

@@ -90,9 +90,11 @@ def variants(model: Any, past: Sequence[Tensor], token: Tensor, room: int, polic
 
 
 def exported(model: Any, tokenizer: Any, folder: Path, past: Sequence[Tensor]) -> Callable[[], Any]:
-    """The transformers exporter's step, made where `folder` has none."""
+    """The transformers exporter's step for so many texts, made where `folder` has none."""
+    batch = past[0].shape[0]
+    folder = folder / f"batch-{batch}" if batch > 1 else folder
     if not (folder / "decode.onnx").is_file():
-        peer_export(model, tokenizer, folder)
+        peer_export(model, tokenizer, folder, batch)
     return growing(session(folder / "decode.onnx"), [t.numpy() for t in past])
 
 

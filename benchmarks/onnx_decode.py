@@ -36,11 +36,11 @@ def example() -> Any:
     return module
 
 
-def peer_export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The transformers exporter's prefill and decode graphs with its fusions for ONNX Runtime on a CPU."""
+def peer_export(model: Any, tokenizer: Any, folder: Path, batch: int = 1) -> None:
+    """The transformers exporter's prefill and decode graphs with its fusions for ONNX Runtime on a CPU; they take one batch size."""
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    inputs = dict(tokenizer("The quick brown fox jumps over the lazy dog", return_tensors="pt"))
+    inputs = dict(tokenizer(["The quick brown fox jumps over the lazy dog"] * batch, return_tensors="pt"))
     with torch.no_grad():
         OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu")).save_pretrained(folder)
 

@@ -126,8 +126,9 @@ class PageChoice:
         pages and the choice of the step before. Some may lie behind the last key."""
         if self.score == "bound":
             low, high = kept or near_bounds(k, self.page, self.slack, visible)
-            shown = visible_pages(visible, self.page) if visible is not None and self.share == "any" else None
-            score, told = SCORE_PAGES(q, low, high, self.share, before.again if before is not None else None, shown, scale), None
+            paged = visible_pages(visible, self.page) if visible is not None else None
+            of_pages = paged if self.share == "any" else None
+            score, told = SCORE_PAGES(q, low, high, self.share, before.again if before is not None else None, of_pages, scale), None
         elif self.score == "mean":
             score = span_scores(q.float(), kept[0] if kept else page_means(k, self.page, visible), self.share)
             told = None if visible is None or not kept else ~visible_pages(~visible, self.page)  # a cache's means count pads
@@ -137,15 +138,14 @@ class PageChoice:
         if before is not None:
             score = before.scores(score)
         if self.score == "bound" and self.beam is None:
-            return self._whole(score, visible, same_size=before is not None)
+            return self._whole(score, paged, same_size=before is not None)
         beam = self.beam or self.budget // self.page
         shown = torch.ones(k.shape[0], 1, k.shape[2], dtype=torch.bool, device=k.device) if visible is None else visible
         states = key_states(shown, self.sinks, self.recents, (score.shape[2] + beam) * self.page)
         budget = self.budget if self.beam else beam * self.page
         return refine_pages(q, k, score, told, states, self.page, self._split, beam, budget, self.share)
 
-    def _whole(self, score: Tensor, visible: Tensor | None, same_size: bool) -> Tensor:
+    def _whole(self, score: Tensor, shown: Tensor | None, same_size: bool) -> Tensor:
         """Quest's: pages count as first and last ones, not keys, and none is chosen behind the last, except for the `same_size` always."""
         sinks, recents = self.forced_pages()
-        shown = None if visible is None else visible_pages(visible, self.page)
         return (choose_spans if same_size else SELECT_BEST)(score, self.budget // self.page, shown, sinks, recents)

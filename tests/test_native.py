@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_kv_cache import prompt, tiny_llama
+from test_select_kv import LAYERS, Decode, decoder
+from test_select_kv import step as select_step
 from torch import nn
 
 import dyncc
-from dyncc.backends import native, native_attention, native_linears
+from dyncc.backends import native, native_attention, native_linears, reference
 from dyncc.capture import from_model
 from dyncc.ir import Program, op_name
 from dyncc.kernels.native import problem
@@ -115,6 +117,23 @@ def test_a_step_runs_as_kernels_and_gives_the_same(masked: bool) -> None:
     with torch.no_grad():
         module.o.weight.mul_(2.0)
     torch.testing.assert_close(made(*args), module(*args), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("share", ["head", "any"])
+def test_pages_chosen_for_one_attention_run_as_one_kernel_with_it(share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice that serves the next layer too stays apart."""
+    call, text = select_step(24), f"select-kv{{budget=12 score=bound share={share} page=4 sinks=1 recents=1MORE}}"
+    for more, kernels in (("", LAYERS), (" reuse=1", 0)):
+        passes = text.replace("MORE", more)
+        wanted = dyncc.optimize(Decode(decoder()), call, passes=passes, engine="reference", evidence="off")
+        lowered, _ = native.with_native_kernels(wanted._outcome.program)
+        assert ops(lowered).count("attend_best_pages") == kernels and ops(lowered).count("attend_row") == LAYERS - kernels
+        assert ops(lowered).count("score_pages") == ops(lowered).count("select_best") == (0 if kernels else LAYERS // 2)
+        with monkeypatch.context() as patched:
+            patched.setattr(reference, "spelled_out", lambda program: native.with_native_kernels(program)[0])
+            found = dyncc.optimize(Decode(decoder()), call, passes=passes, engine="reference", evidence="off")
+            torch.testing.assert_close(found(*call), wanted(*call), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_always")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 from dyncc.kernels.native import problem
-from dyncc.kernels.one_row import ATTEND_ROW, SCORE_KEYS, SCORE_PAGES, SELECT_BEST, TRUTHS, cpu
+from dyncc.kernels.one_row import ATTEND_BEST_PAGES, ATTEND_ROW, SCORE_KEYS, SCORE_PAGES, SELECT_BEST, TRUTHS, cpu
+from dyncc.kernels.one_row.best_pages import attend_best_pages
 from dyncc.kernels.select_keys import page_bounds, visible_pages
 
 pytestmark = pytest.mark.skipif(bool(problem()), reason="needs a C++ compiler")
@@ -29,6 +32,16 @@ def drawn(heads: int, groups: int, keys: int, width: int = 24, batch: int = 2, d
     k, v = (torch.randn(batch, groups, keys + 3, width, generator=generator) for _ in range(2))
     k[:, :, keys:], v[:, :, keys:] = torch.nan, torch.nan
     return [q.to(dtype), k.to(dtype)[:, :, :keys], v.to(dtype)[:, :, :keys]]
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def hidden(batch: int, keys: int) -> Tensor:
@@ -132,6 +145,24 @@ def test_visible_pages_choose_as_the_truth_does() -> None:
     assert torch.equal(SELECT_BEST(*args), TRUTHS[SELECT_BEST](*args))
 
 
+@pytest.mark.parametrize(("dtype", "heads", "groups"), BOTH)
+def test_attention_to_the_best_pages_is_scores_choice_and_attention(heads: int, groups: int, dtype: torch.dtype) -> None:
+    for keys, share, masked in itertools.product((3, 70, 1100), ("head", "group", "layer", "any"), (False, True)):
+        q, k, v = drawn(heads, groups, keys, 20 if heads == 9 else 24, dtype=dtype)
+        mask = hidden(2, keys) if masked else None
+        low, high = page_bounds(k, 4, None if mask is None else mask[:, :, 0])
+        shown = None if mask is None else visible_pages(mask[:, :, 0], 4)
+        score = SCORE_PAGES(q, low, high, share, None, shown if share == "any" else None, 0.3)
+        index = SELECT_BEST(score, 9, shown, 1, 2)
+        wanted = ATTEND_ROW(q, k, v, mask, index, 4, 0.3)
+        for threads in (1, 3):
+            with torch_threads(threads):
+                found = ATTEND_BEST_PAGES(q, k, v, low, high, mask, shown, share, 9, 1, 2, 4, 0.3)
+            torch.testing.assert_close(found, wanted, **CLOSE[dtype])
+        if dtype == torch.float32:
+            torch.testing.assert_close(attend_best_pages(q, k, v, low, high, mask, shown, share, 9, 1, 2, 4, 0.3), wanted, **CLOSE[dtype])
+
+
 def test_other_dtypes_are_computed_by_the_truth() -> None:
     q, k, v = (t.to(torch.float16) for t in drawn(4, 2, 50))
     assert not cpu.takes(q, k, v) and not cpu.takes(q.float(), k)
@@ -146,13 +177,14 @@ def test_without_a_compiler_the_truth_is_computed(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(ATTEND_ROW(*args), TRUTHS[ATTEND_ROW](*args))
 
 
-@pytest.mark.parametrize("op", [ATTEND_ROW, SCORE_KEYS, SCORE_PAGES, SELECT_BEST], ids=str)
+@pytest.mark.parametrize("op", [ATTEND_ROW, SCORE_KEYS, SCORE_PAGES, SELECT_BEST, ATTEND_BEST_PAGES], ids=str)
 def test_shapes_on_fakes_are_those_of_the_op(op: object) -> None:
     q, k, v = drawn(6, 2, 40)
     low, high = page_bounds(k, 4)
     args = {
         ATTEND_ROW: (q, k, v, None, None, 1, None), SCORE_KEYS: (q, k, None, "vote", "group", None), SCORE_PAGES: (q, low, high, "head"),
         SELECT_BEST: (torch.rand(2, 3, 40), 7, None, 0, 1),
+        ATTEND_BEST_PAGES: (q, k, v, low, high, None, None, "group", 3, 1, 1, 4, None),
     }[op]  # fmt: skip
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 

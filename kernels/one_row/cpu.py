@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dyncc.kernels.native import TYPES, load, problem
 
-SOURCE = Path(__file__).with_name("one_row.cpp")
+PARTS = tuple(Path(__file__).with_name(name) for name in ("rows.h", "pages.h"))
+SOURCE, BEST_PAGES = (Path(__file__).with_name(name) for name in ("one_row.cpp", "best_pages.cpp"))
 MOST_ROWS = 8
 """Heads that one unit takes together: their queries are to stay near."""
 
@@ -35,7 +36,7 @@ def rows_together(heads: int, groups: int) -> int:
 
 
 def _kernel(function: str, dtype: torch.dtype, width: int, width_v: int, rows: int) -> Any:
-    return load(SOURCE, function, dtype, WIDTH=width, WIDTH_V=width_v, ROWS=rows)
+    return load((*PARTS, SOURCE), function, dtype, WIDTH=width, WIDTH_V=width_v, ROWS=rows)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -100,6 +101,25 @@ def select_best(score: Tensor, count: int, visible: Tensor | None, sinks: int, r
     threads = torch.get_num_threads()
     numbers = (batch, choices, keys, step, count, sinks, recents, threads)
     _kernel("select_best", torch.float32, 8, 8, 1)(_at(score), _at(seen), _at(out), *map(_n, numbers))
+    return out
+
+
+def attend_best_pages(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, mask: Tensor | None, shown: Tensor | None, choices: int, any_head: bool,
+    count: int, sinks: int, recents: int, page: int, scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention [B, H, 1, Dv] of q [B, H, 1, D]; arguments as `best_pages.attend_best_pages` takes them."""
+    batch, heads, _, width = q.shape
+    q, k, v, low, high = q.contiguous(), _dense(k), _dense(v), _dense(low), _dense(high)
+    out = q.new_empty((batch, heads, 1, v.shape[3]))
+    seen, bias, step = _mask(mask, batch, heads, k.shape[2])
+    paged, paged_step = _visible(shown, batch)
+    constants = {"WIDTH": width, "WIDTH_V": v.shape[3], "ROWS": rows_together(heads, k.shape[1]), "APART": int(choices > k.shape[1])}
+    load((*PARTS, BEST_PAGES), "attend_best_pages", q.dtype, **constants)(
+        *map(_at, (q, k, v, out, seen, bias, low, high, paged)), _sizes(q, k), _sizes(q, low), _steps(k), _steps(v), step, _steps(low),
+        _steps(high), *map(_n, (paged_step, choices, int(any_head), count, sinks, recents, page)),
+        ctypes.c_float(width**-0.5 if scale is None else scale),
+    )  # fmt: skip
     return out
 
 

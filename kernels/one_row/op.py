@@ -72,7 +72,8 @@ def select_best(score: Tensor, budget: int, visible: Tensor | None, sinks: int, 
     return truth.select_keys(score, budget, visible, sinks, recents, enough).contiguous()
 
 
-def _choices(share: str, heads: int, groups: int) -> int:
+def choices(share: str, heads: int, groups: int) -> int:
+    """How many choices the heads make."""
     return {"head": heads, "group": groups, "any": groups, "layer": 1}[share]
 
 
@@ -89,7 +90,7 @@ def _score_on_cpu(
 ) -> Tensor:
     if score == "recents" or not cpu.takes(q, k):
         return score_keys(q, k, visible, score, share, scale, skip)
-    return cpu.score_keys(q, k, visible, score == "vote", _choices(share, q.shape[1], k.shape[1]), scale, skip)
+    return cpu.score_keys(q, k, visible, score == "vote", choices(share, q.shape[1], k.shape[1]), scale, skip)
 
 
 def _pages_on_cpu(
@@ -97,7 +98,7 @@ def _pages_on_cpu(
 ) -> Tensor:
     if not cpu.takes(q, low, high):
         return score_pages(q, low, high, share, skip, shown, scale)
-    return cpu.score_pages(q, low, high, _choices(share, q.shape[1], low.shape[1]), skip, share == "any", shown, scale)
+    return cpu.score_pages(q, low, high, choices(share, q.shape[1], low.shape[1]), skip, share == "any", shown, scale)
 
 
 def _select_on_cpu(score: Tensor, budget: int, visible: Tensor | None, sinks: int, recents: int, enough: bool = False) -> Tensor:
@@ -127,13 +128,13 @@ def _fake_attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.register_fake("dyncc::score_keys")
 def _fake_scores(q: Tensor, k: Tensor, visible: Tensor | None, score: str, share: str, *rest: Any) -> Tensor:
-    choices = 1 if score == "recents" else _choices(share, q.shape[1], k.shape[1])
-    return q.new_empty((q.shape[0], choices, k.shape[2]), dtype=torch.float32)
+    together = 1 if score == "recents" else choices(share, q.shape[1], k.shape[1])
+    return q.new_empty((q.shape[0], together, k.shape[2]), dtype=torch.float32)
 
 
 @torch.library.register_fake("dyncc::score_pages")
 def _fake_pages(q: Tensor, low: Tensor, high: Tensor, share: str, *rest: Any) -> Tensor:
-    return q.new_empty((q.shape[0], _choices(share, q.shape[1], low.shape[1]), low.shape[2]), dtype=torch.float32)
+    return q.new_empty((q.shape[0], choices(share, q.shape[1], low.shape[1]), low.shape[2]), dtype=torch.float32)
 
 
 @torch.library.register_fake("dyncc::select_best")

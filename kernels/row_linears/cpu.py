@@ -43,7 +43,7 @@ def row_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
         *(Product(w.data_ptr(), b.data_ptr() if b is not None else None, o.data_ptr(), w.shape[0])
           for w, b, o in zip(weights, kept, made, strict=True))
     )  # fmt: skip
-    call = load(SOURCE, "linears", x.dtype, ROWS=rows_of(x))
+    call = load((SOURCE,), "linears", x.dtype, ROWS=rows_of(x))
     awake = min(threads or torch.get_num_threads(), torch.get_num_threads())
     call(ctypes.c_void_p(x.data_ptr()), products, *map(ctypes.c_int64, (len(made), x.shape[-1], awake)))
     return made
