@@ -18,15 +18,15 @@ from dyncc.own_ops import spelled_out
 
 
 def with_native_kernels(program: Program) -> tuple[Program, list[str]]:
-    """The program with kernels where they pay, and what to tell of it; where none can be built, dyncc's own ops are written out."""
+    """The program with kernels where they pay, and what to tell of it; where none can be built, the ops that they compute are written out."""
     ours = any(n.target in TRUTHS for n in program.graph.nodes)
     attentions, linears = ([], []) if program.needs_grad else (native_attention.sites(program), native_linears.sites(program))
     if not ours and not attentions and not linears:
         return program, []
     if not all(_on_cpu(n) for n in program.graph.nodes if n.op == "placeholder"):
-        return spelled_out(program), []
+        return spelled_out(program, TRUTHS), []
     if problem():
-        return spelled_out(program), [problem()]
+        return spelled_out(program, TRUTHS), [problem()]
     found = [n for n in attentions if native_attention.pays(n)]
     groups = [(group, threads) for group in linears if (threads := native_linears.threads(group)) is not None]
     paged = native_pages.sites(program) if ours and not program.needs_grad else []

@@ -145,10 +145,12 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
-    with torch.no_grad():
-        found = {name: measured(name, SIZE, "cuda", options.pairs) for name in options.only}
-    if options.write:
-        write("gpu_models", {torch.cuda.get_device_name(): {"models": found, "pairs": options.pairs, "environment": environment()}})
+    for name in options.only:
+        with torch.no_grad():
+            found = measured(name, SIZE, "cuda", options.pairs)
+        if options.write:
+            row = {**found, "pairs": options.pairs, "environment": environment()}
+            write("gpu_models", {f"{name}, {torch.cuda.get_device_name()}": row})
     return 0
 
 

@@ -6,11 +6,14 @@ dense   `torch.compile(model, backend="dyncc", options={"engine": "onnxruntime"}
         the file that `export_onnx` writes
 pruned  half of the tokens kept from a third of the depth on, against every dense peer: once without OpenVINO, where the engine is
         ONNX Runtime, and once with it, where the engine is the fastest of all by measurement
+bound   the model's matrix products alone, by PyTorch and by ONNX Runtime, against the whole model in Inductor: what an engine that
+        multiplies as fast could win at most, if everything else took no time
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from products import by_onnxruntime, by_torch, products
 from record import progress, write
 
 import dyncc
 from dyncc.bench import bench
-from dyncc.bench_result import BenchResult
+from dyncc.bench_result import BenchResult, environment
 from dyncc.models import load_minilm
 from dyncc.sentences import passages
+from dyncc.timing import paired
 
 PEERS = ["eager", "inductor", "onnxruntime"]
 
@@ -83,13 +88,32 @@ def pruned(case: Case, options: argparse.Namespace) -> list[BenchResult]:
     return [*found, _run(case, options, "pruned, with OpenVINO", passes=case.passes, against=[*PEERS, "openvino"], engine="auto", door=2)]
 
 
-KINDS = {"dense": dense, "pruned": pruned}
+def bound(case: Case, options: argparse.Namespace) -> list[BenchResult]:
+    """What products alone take of Inductor's time; printed, and written as ratios."""
+    sizes = products(case.model, case.inputs)
+    compiled = torch.compile(case.model, backend="inductor")
+    alone = {"products, PyTorch": by_torch(sizes), "products, ONNX Runtime": by_onnxruntime(sizes)}
+    with torch.no_grad():
+        timings = paired(alone | {"inductor": lambda: compiled(**case.inputs)}, pairs=options.pairs, warmup=2, progress=progress)
+    flops = sum(2 * math.prod(size) for size in sizes)
+    rows = {}
+    for name in alone:
+        seconds, most = timings.median(name), timings.ratio("inductor", name)
+        rows[name] = {"ms": 1e3 * seconds, "most_to_win": most.to_dict(), "flops": flops}
+        took = f"{1e3 * seconds:.1f} ms ({flops / seconds / 1e9:.0f} GFLOP/s) of Inductor's {1e3 * timings.median('inductor'):.1f} ms"
+        print(f"{case.name}, {name}: {took}, so that an engine wins {most} times at most", flush=True)
+    if options.write:
+        write("onnx_encoders", {f"{case.name}, bound": {"rows": rows, "pairs": options.pairs, "environment": environment()}})
+    return []
+
+
+KINDS = {"dense": dense, "pruned": pruned, "bound": bound}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the chosen comparisons, print their tables, and write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", default=[], metavar="|".join(KINDS), help="what to run (both by default)")
+    parser.add_argument("which", nargs="*", default=[], metavar="|".join(KINDS), help="what to run (all by default)")
     parser.add_argument("--cases", nargs="+", default=["minilm-1", "minilm-16", "vit"])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/onnx_encoders.json")

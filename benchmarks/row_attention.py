@@ -18,48 +18,55 @@ from record import progress, write
 from torch import Tensor
 
 from dyncc.bench_result import environment
-from dyncc.kernels.one_row import ATTEND_ROW, SCORE_KEYS, SCORE_PAGES, SELECT_BEST
-from dyncc.kernels.select_keys import page_bounds
+from dyncc.kernels.one_row import ATTEND_BEST_PAGES, ATTEND_ROW, SCORE_KEYS, SELECT_BEST
+from dyncc.kernels.select_keys import near_bounds
 from dyncc.timing import paired
 
-LAYERS, HEADS, GROUPS, WIDTH, PAGE = 30, 9, 3, 64, 16
+LAYERS, HEADS, GROUPS, WIDTH = 30, 9, 3, 64
+PAGE, SMALL = 16, 8
+"""Keys of a page: where each head chooses for itself, and where a group's heads choose together."""
 DENSE, KERNEL, SUM = "SDPA, all keys", "kernel, all keys", "plain sum"
-Layer = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Layer = tuple[Tensor, ...]
+"""Queries, keys, values, and the bounds of pages and of small pages."""
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> Any:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor) -> Any:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def whole(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> Any:
+def whole(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor) -> Any:
     return ATTEND_ROW(q, k, v, None, None, 1, None)
 
 
-def kept(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, budget: int) -> Any:
+def kept(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor, budget: int) -> Any:
     """What an evicting cache leaves."""
     return ATTEND_ROW(q, k[:, :, :budget], v[:, :, :budget], None, None, 1, None)
 
 
-def tokens(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, budget: int) -> Any:
+def tokens(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor, budget: int) -> Any:
     """TokenSelect: the soft vote over all keys, then the best."""
     at = SELECT_BEST(SCORE_KEYS(q, k, None, "vote", "layer", None), budget, None, 16, 64)
     return ATTEND_ROW(q, k, v, None, at, 1, None)
 
 
-def pages(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, budget: int) -> Any:
-    """Quest: bounds of pages that the cache keeps, then the best pages."""
-    at = SELECT_BEST(SCORE_PAGES(q, low, high, "head"), budget // PAGE, None, 1, 2)
-    return ATTEND_ROW(q, k, v, None, at, PAGE, None)
+def pages(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor, budget: int) -> Any:
+    """Quest: bounds of pages that the cache keeps, then the best pages of each head."""
+    return ATTEND_BEST_PAGES(q, k, v, *bounds[:2], None, None, "head", budget // PAGE, 1, 2, PAGE, None)
 
 
-def plain_sum(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> Any:
+def pages_of_groups(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor, budget: int) -> Any:
+    """Bounds drawn towards the mean, of smaller pages, of which a group takes those that matter most to any of its heads."""
+    return ATTEND_BEST_PAGES(q, k, v, *bounds[2:], None, None, "any", budget // SMALL, 1, 5, SMALL, None)
+
+
+def plain_sum(q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor) -> Any:
     return k.sum(), v.sum()
 
 
 def share_read(name: str, keys: int) -> float:
     """Bytes that must be read, over those of all keys and values."""
-    policy, _, budget = name.partition(" ")
-    scores = {"tokenselect": 0.5, "quest": 1 / PAGE, "evicted": 0.0}
+    policy, _, budget = name.rpartition(" ")
+    scores = {"tokenselect": 0.5, "quest": 1 / PAGE, "quest, any": 1 / SMALL, "evicted": 0.0}
     return scores[policy] + min(1.0, int(budget) / keys) if policy in scores else 1.0
 
 
@@ -67,12 +74,12 @@ def layers(batch: int, keys: int, dtype: torch.dtype) -> list[Layer]:
     made = []
     for _ in range(LAYERS):
         q, k, v = (torch.randn(batch, h, n, WIDTH).to(dtype) for h, n in ((HEADS, 1), (GROUPS, keys), (GROUPS, keys)))
-        made.append((q, k, v, *page_bounds(k, PAGE)))
+        made.append((q, k, v, *near_bounds(k, PAGE, 1.0), *near_bounds(k, SMALL, 0.35)))
     return made
 
 
 def ways(budget: int) -> dict[str, Callable[..., Any]]:
-    chosen = {"evicted": kept, "tokenselect": tokens, "quest": pages}
+    chosen = {"evicted": kept, "tokenselect": tokens, "quest": pages, "quest, any": pages_of_groups}
     return {DENSE: sdpa, KERNEL: whole, SUM: plain_sum, **{f"{name} {budget}": partial(way, budget=budget) for name, way in chosen.items()}}
 
 

@@ -19,6 +19,7 @@ import dyncc
 from dyncc.backends import native, native_attention, native_linears, reference
 from dyncc.capture import from_model
 from dyncc.ir import Program, op_name
+from dyncc.kernels.fused_attention import ATTEND
 from dyncc.kernels.native import problem
 from dyncc.kernels.one_row import ATTEND_ROW
 from dyncc.kernels.row_linears import ROW_LINEARS, cpu, row_linears
@@ -144,6 +145,27 @@ def test_what_is_not_on_a_cpu_is_left_alone() -> None:
     chosen = captured(OwnOp(), *(x.to("meta") for x in inputs()[1:]))
     lowered, notes = native.with_native_kernels(chosen)
     assert "attend_row" in ops(chosen) and "attend_row" not in ops(lowered) and notes == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_ops_that_have_kernels_elsewhere_stay_where_these_cannot_run(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "problem", lambda: "no C++ kernel can be built (no compiler)")
+    program = captured(Capped().to(device), torch.randn(1, 4, 8, 16, device=device))
+    lowered, notes = native.with_native_kernels(program)
+    assert ops(lowered) == ops(program) and "attend" in ops(lowered) and "linear" in ops(lowered)
+    assert notes == ([native.problem()] if device == "cpu" else [])
+
+
+class Capped(nn.Module):
+    """A fused attention, and a linear layer of its last row alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.out(ATTEND(x, x, x, cap=5.0)[:, :1, -1:])
+        return rows
 
 
 class OwnOp(nn.Module):
