@@ -18,7 +18,7 @@ from dyncc.own_ops import spelled_out
 
 
 def with_native_kernels(program: Program) -> tuple[Program, list[str]]:
-    """The program with kernels where they pay, and what to tell of it; where none can be built, the ops that they compute are written out."""
+    """The program with kernels where they pay, and what to tell of it; where none can be built, what they compute is written out."""
     ours = any(n.target in TRUTHS for n in program.graph.nodes)
     attentions, linears = ([], []) if program.needs_grad else (native_attention.sites(program), native_linears.sites(program))
     if not ours and not attentions and not linears:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import dyncc
-from dyncc.backends import ort_graph
+from dyncc.backends import onnxruntime, ort_graph
+from dyncc.backends.onnxruntime import session_options
 from dyncc.backends.ort_graph import pack_projections
 from dyncc.backends.ort_rows import attend_to_rows
 
@@ -125,3 +126,38 @@ def test_weights_that_may_change_from_call_to_call_are_not_joined() -> None:
     assert pack_projections(ir.from_proto(infer).graph) == 0
     assert pack_projections(ir.from_proto(infer).graph, {"a"}) == 0
     assert pack_projections(ir.from_proto(infer).graph, {"a", "b"}) == 2
+
+
+class Residuals(nn.Module):
+    """Projections with a bias, each added to the rows and normalised; the sum of the second one goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(8, eps=0.5) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norms[0](x + self.layers[0](x))
+        total = x + self.layers[1](x)
+        return self.norms[1](total) + total
+
+
+def test_norms_stay_apart_from_their_residuals_in_files_and_in_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op that takes both in is slower on a CPU: exporters and sessions fuse it by themselves."""
+    model, x = Residuals().eval(), torch.randn(2, 5, 8)
+    made = dyncc.optimize(model, (x,), passes="", evidence="off")
+    for portable in (False, True):
+        file = tmp_path / f"{portable}.onnx"
+        made.export_onnx(file, portable=portable)
+        ops = Counter(n.op_type for n in onnx.load(file).graph.node)
+        assert ops["LayerNormalization"] == 2 and not ops["SkipLayerNormalization"]
+        found = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), model(x))
+    options, written = session_options(), tmp_path / "session.onnx"
+    options.optimized_model_filepath = str(written)
+    monkeypatch.setattr(onnxruntime, "session_options", lambda: options)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="dyncc", options={"engine": "onnxruntime"})(x), model(x))
+    ops = Counter(n.op_type for n in onnx.load(written).graph.node)
+    assert ops["LayerNormalization"] == 2 and not ops["SkipLayerNormalization"]
