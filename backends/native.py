@@ -42,12 +42,16 @@ def with_native_kernels(program: Program) -> tuple[Program, list[str]]:
         native_linears.replace([twin[n] for n in group], threads)
     lowered.graph.lint()
     lowered.module.recompile()
-    return lowered, _notes(found, attentions, [group for group, _ in groups], linears)
+    return lowered, [*_notes(found, attentions, [group for group, _ in groups], linears), *_of_pages(paged)]
 
 
 def _on_cpu(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
+
+
+def _of_pages(paged: list[Any]) -> list[str]:
+    return [f"{len(paged)} attentions score, choose and read their pages in one generated C++ kernel"] if paged else []
 
 
 def _notes(found: list[Any], attentions: list[Any], groups: list[list[Any]], linears: list[list[Any]]) -> list[str]:

@@ -128,7 +128,8 @@ def test_pages_chosen_for_one_attention_run_as_one_kernel_with_it(share: str, mo
     for more, kernels in (("", LAYERS), (" reuse=1", 0)):
         passes = text.replace("MORE", more)
         wanted = dyncc.optimize(Decode(decoder()), call, passes=passes, engine="reference", evidence="off")
-        lowered, _ = native.with_native_kernels(wanted._outcome.program)
+        lowered, notes = native.with_native_kernels(wanted._outcome.program)
+        assert notes == ([f"{LAYERS} attentions score, choose and read their pages in one generated C++ kernel"] if kernels else [])
         assert ops(lowered).count("attend_best_pages") == kernels and ops(lowered).count("attend_row") == LAYERS - kernels
         assert ops(lowered).count("score_pages") == ops(lowered).count("select_best") == (0 if kernels else LAYERS // 2)
         with monkeypatch.context() as patched:

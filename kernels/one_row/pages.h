@@ -18,6 +18,7 @@ inline float bound(const float* q, const T* low, const T* high) {
   }
   return found;
 }
+
 // One unit's bounds of pages [from, to), x [R, room]: what is positive in q against `high`, what is negative against `low`.
 template <int R>
 void bound_part(const float* q, const T* low, const T* high, int64_t step_low, int64_t step_high, int64_t from, int64_t to, float* x, int64_t room) {
@@ -36,6 +37,7 @@ void bound_part(const float* q, const T* low, const T* high, int64_t step_low, i
       }
   }
 }
+
 // x = log softmax(scale x) over the pages that are shown, -inf for the others; up to `room`, a multiple of LANES, x may be written to.
 void log_shares(float* x, const uint8_t* shown, int64_t pages, int64_t room, float scale) {
   float most = LOWEST;
@@ -46,6 +48,7 @@ void log_shares(float* x, const uint8_t* shown, int64_t pages, int64_t room, flo
   const float mass = most + std::log(sum(total));
   for (int64_t p = 0; p < pages; ++p) x[p] -= mass;
 }
+
 // to [pages]: what `share` heads with scores x [share, room] say together, their mean; with `any` the largest of their log softmax.
 void agree(float* x, float* to, int64_t share, int64_t pages, int64_t room, bool any, const uint8_t* shown, float scale) {
   for (int64_t r = 0; r < share; ++r) {
@@ -55,7 +58,7 @@ void agree(float* x, float* to, int64_t share, int64_t pages, int64_t room, bool
   }
 }
 
-// Bounds of q.k in pages, one chunk of pages of ROWS heads at a time.
+// Bounds of q.k in pages, in parts that threads may take in any order: R heads over a chunk of pages each.
 template <int R>
 struct PageBounds {
   const T *q, *low, *high; const Sizes* sizes; const Steps *of_low, *of_high;  // sizes->keys counts pages

@@ -8,6 +8,7 @@ namespace {
 constexpr int BLOCK = 128;          // keys whose weights are worked out together
 constexpr float LOWEST = -3.0e38f;   // stands for the largest logit while every key was hidden
 
+// Into the second cache: what is asked for in the first one waits for its few places there, and takes half as long again.
 template <int N> inline void fetch(const T* row) {
   for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
 }
