@@ -129,7 +129,8 @@ def test_pages_chosen_for_one_attention_run_as_one_kernel_with_it(share: str, mo
         passes = text.replace("MORE", more)
         wanted = dyncc.optimize(Decode(decoder()), call, passes=passes, engine="reference", evidence="off")
         lowered, notes = native.with_native_kernels(wanted._outcome.program)
-        assert notes == ([f"{LAYERS} attentions score, choose and read their pages in one generated C++ kernel"] if kernels else [])
+        told = f"{LAYERS} attentions score, choose and read their pages in one generated C++ kernel"
+        assert (told in notes) is bool(kernels)
         assert ops(lowered).count("attend_best_pages") == kernels and ops(lowered).count("attend_row") == LAYERS - kernels
         assert ops(lowered).count("score_pages") == ops(lowered).count("select_best") == (0 if kernels else LAYERS // 2)
         with monkeypatch.context() as patched:
