@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -32,16 +30,6 @@ def drawn(heads: int, groups: int, keys: int, width: int = 24, batch: int = 2, d
     k, v = (torch.randn(batch, groups, keys + 3, width, generator=generator) for _ in range(2))
     k[:, :, keys:], v[:, :, keys:] = torch.nan, torch.nan
     return [q.to(dtype), k.to(dtype)[:, :, :keys], v.to(dtype)[:, :, :keys]]
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def hidden(batch: int, keys: int) -> Tensor:
@@ -146,7 +134,9 @@ def test_visible_pages_choose_as_the_truth_does() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "heads", "groups"), BOTH)
-def test_attention_to_the_best_pages_is_scores_choice_and_attention(heads: int, groups: int, dtype: torch.dtype) -> None:
+def test_attention_to_the_best_pages_is_scores_choice_and_attention(
+    heads: int, groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for keys, share, masked in itertools.product((3, 70, 1100), ("head", "group", "layer", "any"), (False, True)):
         q, k, v = drawn(heads, groups, keys, 20 if heads == 9 else 24, dtype=dtype)
         mask = hidden(2, keys) if masked else None
@@ -156,11 +146,22 @@ def test_attention_to_the_best_pages_is_scores_choice_and_attention(heads: int, 
         index = SELECT_BEST(score, 9, shown, 1, 2)
         wanted = ATTEND_ROW(q, k, v, mask, index, 4, 0.3)
         for threads in (1, 3):
-            with torch_threads(threads):
-                found = ATTEND_BEST_PAGES(q, k, v, low, high, mask, shown, share, 9, 1, 2, 4, 0.3)
+            monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+            found = ATTEND_BEST_PAGES(q, k, v, low, high, mask, shown, share, 9, 1, 2, 4, 0.3)
             torch.testing.assert_close(found, wanted, **CLOSE[dtype])
         if dtype == torch.float32:
             torch.testing.assert_close(attend_best_pages(q, k, v, low, high, mask, shown, share, 9, 1, 2, 4, 0.3), wanted, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("share", ["head", "any"])
+def test_many_pages_are_shared_among_threads(share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many that waking others pays; ten calls, since who takes what differs from one to the next."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    q, k, v = drawn(9, 3, 20001)
+    args = (q, k, v, *page_bounds(k, 4), None, None, share, 300, 1, 2, 4, None)
+    wanted = attend_best_pages(*args)
+    for _ in range(10):
+        torch.testing.assert_close(ATTEND_BEST_PAGES(*args), wanted, **CLOSE[torch.float32])
 
 
 def test_other_dtypes_are_computed_by_the_truth() -> None:
