@@ -15,18 +15,30 @@ from dyncc.pipeline import render
 
 @dataclass(frozen=True)
 class PromptCuts:
-    """Behind which layers `prune-tokens` keeps how many rows, `fixed` of them whatever their scores; `text` names the pass."""
+    """Behind which layers `prune-tokens` keeps how many rows, `fixed` of them whatever their scores; `text` names the pass.
 
-    cuts: tuple[tuple[int, int | float], ...]
-    fixed: int
+    Numbers are written out: a compiler that meets two caches in one process takes numbers that differ for sizes that vary, and text not.
+    """
+
+    written: str
     text: str
+
+    @property
+    def fixed(self) -> int:
+        return int(self.written.split()[0])
+
+    @property
+    def cuts(self) -> list[tuple[int, int | float]]:
+        """Each cut's layer, and the rows that stay (int) or their share (float)."""
+        pairs = [pair.split(":") for pair in self.written.split()[1:]]
+        return [(int(layer), int(keep) if keep.isdigit() else float(keep)) for layer, keep in pairs]
 
     @classmethod
     def of(cls, passed: Any) -> PromptCuts:
         """Of a decoder that is asked for the logits of its last row."""
         schedule = passed.layers.schedule(passed.keep, 1 + max(passed.layers.places))
         fixed = max(passed.sinks, int(passed.score == "cls-attention")) + max(passed.recents, 1)
-        return cls(tuple((layer, keep) for layer, keep in schedule if keep != 1.0), fixed, render([passed]))
+        return cls(" ".join([str(fixed), *(f"{layer}:{keep!r}" for layer, keep in schedule if keep != 1.0)]), render([passed]))
 
     def prunes(self, total: Any) -> bool:
         """Whether a prompt of so many tokens loses any."""

@@ -173,8 +173,18 @@ def test_attention_that_is_spelled_out_reads_the_same_rows(monkeypatch: pytest.M
         torch.testing.assert_close(last(run, cache, ids, mask), then, rtol=1e-4, atol=1e-5)
 
 
+def test_a_second_recipe_in_one_process_keeps_its_own_numbers() -> None:
+    """A compiler that meets another number where one stood takes it for one that varies."""
+    for keep in (12, 0.7, 0.31):
+        run, cache = compiled(deep()), dyncc.KVCache(f"promptdistill{{keep={keep} layers=1}}")
+        last(run, cache, *conversation((LENGTH,), 0)[0])
+        held = cache.layers[-1].store.length
+        assert held == (keep if isinstance(keep, int) else 1 + -(-(LENGTH - 1) * round(keep * 100) // 100))
+
+
 @pytest.mark.full
-def test_a_padded_row_of_a_batch_is_what_it_is_alone() -> None:
+def test_a_padded_row_of_a_batch_is_what_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)  # each batch and recipe has graphs of its own
     for recipe in (HALF, "lazyllm{layers=0,1,2}"):
         run, together, alone = compiled(deep()), dyncc.KVCache(recipe), [dyncc.KVCache(recipe) for _ in range(2)]
         for ids, mask in conversation((LENGTH, 1, 1), 5):
@@ -193,7 +203,8 @@ def test_a_prompt_that_keeps_every_token_is_the_dense_one_bit_by_bit(recipe: str
 
 
 @pytest.mark.full
-def test_two_sequences_do_not_leak_copies_and_other_orders_go_on_apart_and_a_reset_forgets() -> None:
+def test_two_sequences_do_not_leak_copies_and_other_orders_go_on_apart_and_a_reset_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)  # each of these ways is a graph of its own
     run, calls = compiled(deep()), conversation((LENGTH, *[1] * 5), pads=3)
     alone, a, b = [], dyncc.KVCache(HALF), dyncc.KVCache(HALF)
     for ids, mask in calls:
