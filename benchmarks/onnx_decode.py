@@ -37,7 +37,7 @@ def example() -> Any:
 
 
 def peer_export(model: Any, tokenizer: Any, folder: Path, batch: int = 1) -> None:
-    """The transformers exporter's prefill and decode graphs with its fusions for ONNX Runtime on a CPU; they take one batch size."""
+    """The transformers exporter's prefill and decode graphs with its fusions for ONNX Runtime on a CPU; made of one text, they take one."""
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     inputs = dict(tokenizer(["The quick brown fox jumps over the lazy dog"] * batch, return_tensors="pt"))

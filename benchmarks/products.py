@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dyncc.backends.onnxruntime import runtime, session_options
+
 Product = tuple[int, int, int, int]
 """[batch, m, k] times [batch, k, n]; batch is 1 where the right side is a weight."""
 aten = torch.ops.aten
@@ -51,8 +53,6 @@ def by_torch(sizes: list[Product]) -> Callable[[], Any]:
 
 def by_onnxruntime(sizes: list[Product]) -> Callable[[], Any]:
     """The same in one graph, weights as initialisers."""
-    import onnxruntime as ort
-
     rng, made, feeds = np.random.default_rng(0), onnx.helper, {}
     nodes, inputs, outputs, weights = [], [], [], []
     for i, (b, m, k, n) in enumerate(sizes):
@@ -68,7 +68,5 @@ def by_onnxruntime(sizes: list[Product]) -> Callable[[], Any]:
         outputs.append(made.make_tensor_value_info(f"c{i}", onnx.TensorProto.FLOAT, (b, m, n)))
     graph = made.make_model(made.make_graph(nodes, "products", inputs, outputs, weights), opset_imports=[made.make_opsetid("", 20)])
     graph.ir_version = 10
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = runtime().InferenceSession(graph.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
     return lambda: session.run(None, feeds)

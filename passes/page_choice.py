@@ -126,7 +126,7 @@ class PageChoice:
         pages and the choice of the step before. Some may lie behind the last key."""
         if self.score == "bound":
             low, high = kept or near_bounds(k, self.page, self.slack, visible)
-            paged = visible_pages(visible, self.page) if visible is not None else None
+            paged = visible_pages(visible, self.page) if visible is not None and self.beam is None else None
             of_pages = paged if self.share == "any" else None
             score, told = SCORE_PAGES(q, low, high, self.share, before.again if before is not None else None, of_pages, scale), None
         elif self.score == "mean":
